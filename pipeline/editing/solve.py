@@ -1,0 +1,97 @@
+"""The least-squares update that writes residuals at keys and disturbs old keys least.
+
+Shapes (suffixes of tensor names): N edits, F key size, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A ridge of this many times the mean diagonal is tried first where a matrix is not positive
+# definite, and a hundred times more each time after that.
+_FIRST_RIDGE = 1e-10
+_RIDGE_STEP = 100.0
+_RIDGE_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A Cholesky factor, and the ridge that it took to have one.
+
+    Attributes:
+        lower: (F, F) float64 lower triangle.
+        ridge: what was added to the diagonal; 0 where the matrix was positive definite.
+    """
+
+    lower: Tensor
+    ridge: float
+
+    def solve(self, right: Tensor) -> Tensor:
+        """A^-1 right, (F, n) float64."""
+        return torch.cholesky_solve(right, self.lower)
+
+
+def factorise(matrix: Tensor) -> Factor:
+    """Factor a symmetric positive semi-definite (F, F) float64 matrix.
+
+    A singular matrix (too few covariance tokens, say) gets the smallest ridge that makes it
+    positive definite; the ridge is reported with the factor.
+
+    Raises:
+        ValueError: the matrix holds infinities or NaNs, or no small ridge helps.
+    """
+    if not torch.isfinite(matrix).all():
+        raise ValueError("the normal equations hold infinities or NaNs")
+    scale = float(matrix.diagonal().mean())
+    ridge = 0.0
+    for attempt in range(_RIDGE_TRIES + 1):
+        shifted = matrix if ridge == 0.0 else matrix + ridge * torch.eye(len(matrix)).to(matrix)
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0:
+            return Factor(lower, ridge)
+        ridge = scale * _FIRST_RIDGE * _RIDGE_STEP**attempt
+    raise ValueError(f"the normal equations are not positive definite, even with a ridge of {ridge:.3g}")
+
+
+def solve_update(
+    gram_FF: Tensor, cross_DF: Tensor, covariance_FF: Tensor, covariance_weight: float
+) -> tuple[Tensor, float]:
+    """Solve for MEMIT's update from sums over all edits: R K^T (lambda C + K K^T)^-1.
+
+    It minimises lambda tr(D C D^T) + ||D K - R||_F^2 (arXiv 2210.07229, equation 14).
+
+    Args:
+        gram_FF: K K^T, float64.
+        cross_DF: R K^T, float64.
+        covariance_FF: C, float64.
+        covariance_weight: lambda.
+
+    Returns:
+        The update (D, F) float64, and the ridge that was needed (0 as a rule).
+    """
+    factor = factorise(covariance_weight * covariance_FF + gram_FF)
+    return factor.solve(cross_DF.T).T, factor.ridge
+
+
+def solve_update_from_keys(
+    keys_NF: Tensor, residuals_ND: Tensor, factor: Factor
+) -> Tensor:
+    """The same update from the keys themselves and a factor of lambda C, for N well below F.
+
+    With G = (lambda C)^-1 K^T the push-through identity gives R (I + K G)^-1 G^T, so that only an
+    N x N system is solved; the factor serves every batch.
+
+    Args:
+        keys_NF: float64 keys, one a row.
+        residuals_ND: float64 residuals, one a row.
+        factor: of lambda C.
+
+    Returns:
+        (D, F) float64.
+    """
+    whitened_FN = factor.solve(keys_NF.T)
+    small_NN = keys_NF @ whitened_FN
+    small_NN.diagonal().add_(1.0)
+    lower = torch.linalg.cholesky(small_NN)
+    return torch.cholesky_solve(residuals_ND, lower).T @ whitened_FN.T

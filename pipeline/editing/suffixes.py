@@ -1,0 +1,219 @@
+"""Everything about a batch of edits that the value search computes once.
+
+Rows of one edit (its contexts, and the essence row) are cut at the lookup token. What comes before
+is the prefix, kept as attention keys and values above block L; the lookup token and what follows is
+the suffix, kept as the output of block L. Both are laid out so that one batch row is one edit.
+
+Shapes: B edits, R rows of all edits, S and P suffix and prefix tokens an edit, d hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.editing.batching import make_batch
+from pipeline.models.caches import RecordingCache
+from pipeline.models.editable import EditableModel
+from pipeline.prompts import EditPrompts
+
+
+@dataclass(frozen=True)
+class SuffixBatch:
+    """The constant part of the value search of B edits.
+
+    Attributes:
+        hidden: (B, S, d) clean output of block L, float32 (float64 for a float64 model).
+        anchor: (B, d) h0: the output of block L at the bare prompt's lookup token.
+        is_lookup: (B, S), 1 at every row's lookup token, else 0; dtype of `hidden`.
+        positions: (B, S) int64 position ids.
+        masks: attention masks for the suffix behind the prefix.
+        prefix: layer -> keys and values, (B, heads, P, head size) each.
+        target_index: (B, contexts, target tokens) int64, where in S each target token is predicted.
+        target_ids: (B, contexts, target tokens) int64, 0 at padding.
+        target_weight: (B, contexts, target tokens), 1 / (contexts * the edit's target tokens), 0 at
+            padding.
+        essence_index: (B,) int64, the essence row's lookup token in S.
+        num_tokens: suffix tokens that are not padding.
+    """
+
+    hidden: Tensor
+    anchor: Tensor
+    is_lookup: Tensor
+    positions: Tensor
+    masks: Any
+    prefix: dict[int, tuple[Tensor, Tensor]]
+    target_index: Tensor
+    target_ids: Tensor
+    target_weight: Tensor
+    essence_index: Tensor
+    num_tokens: int
+
+    def select(self, keep: Tensor) -> "SuffixBatch":
+        """The same for some of the edits; `keep` (int64) indexes B."""
+        chosen = {
+            field.name: _select(getattr(self, field.name), keep)
+            for field in fields(self)
+            if field.name != "num_tokens"
+        }
+        return replace(self, **chosen)
+
+
+def _select(value: Any, keep: Tensor) -> Any:
+    if isinstance(value, dict):
+        return {key: _select(part, keep) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_select(part, keep) for part in value)
+    return value[keep]
+
+
+@dataclass(frozen=True)
+class _RowPlan:
+    """One row of one edit: its tokens (target included but for the last), and where it is cut."""
+
+    ids: tuple[int, ...]
+    lookup: int
+
+
+def encode_suffixes(
+    model: EditableModel, edits: Sequence[EditPrompts], layer: int
+) -> SuffixBatch:
+    """Run what does not change during the search: blocks 0..L, and the prefixes above L."""
+    plans = [_rows_of(edit) for edit in edits]
+    rows = [row for plan in plans for row in plan]
+    batch = make_batch(model, [row.ids for row in rows], range(len(rows)))
+    hidden = model.run(
+        None,
+        first=0,
+        stop=layer + 1,
+        masks=batch.masks,
+        position_ids=batch.positions,
+        input_ids=batch.ids,
+    )
+    recorded = _record_prefixes(model, hidden, rows, layer)
+    recorded_width = max(1, *(row.lookup for row in rows))
+    layout = _Layout(plans, batch.ids.shape[1], recorded_width, model.device)
+    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    packed = hidden.flatten(0, 1)[layout.suffix_source].to(wide)
+    target_index, target_ids, target_weight = _targets(edits, plans, model.device, wide)
+    return SuffixBatch(
+        hidden=packed,
+        anchor=packed[:, 0].clone(),
+        is_lookup=layout.is_lookup.to(wide),
+        positions=layout.suffix_positions,
+        masks=model.masks(layout.positions, layout.segments, query_start=layout.prefix_width),
+        prefix={
+            index: (_gather(keys, layout.prefix_source), _gather(values, layout.prefix_source))
+            for index, (keys, values) in recorded.items()
+        },
+        target_index=target_index,
+        target_ids=target_ids,
+        target_weight=target_weight,
+        essence_index=layout.row_starts[:, -1],
+        num_tokens=layout.num_tokens,
+    )
+
+
+def _rows_of(edit: EditPrompts) -> list[_RowPlan]:
+    """The contexts' rows, the bare prompt first; last the essence row, which ends at its lookup."""
+    rows = [_RowPlan((*row.ids, *edit.target[:-1]), row.lookup) for row in edit.rewrites]
+    essence = edit.essence
+    return [*rows, _RowPlan(essence.ids[: essence.lookup + 1], essence.lookup)]
+
+
+def _record_prefixes(
+    model: EditableModel, hidden: Tensor, rows: Sequence[_RowPlan], layer: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Attention keys and values above L of the tokens before each lookup: (R, heads, T, head size)."""
+    cache = RecordingCache()
+    # A row without a prefix records one token that nothing reads, so that no tensor is empty.
+    batch = make_batch(model, [(0,) * max(1, row.lookup) for row in rows], range(len(rows)))
+    model.final(
+        hidden[:, : batch.ids.shape[1]],
+        first=layer + 1,
+        masks=batch.masks,
+        position_ids=batch.positions,
+        cache=cache,
+    )
+    return cache.recorded
+
+
+def _gather(states: Tensor, source: Tensor) -> Tensor:
+    """(R, heads, tokens, size) picked by flat (row, token) index (B, P): (B, heads, P, size)."""
+    flat = states.transpose(1, 2).flatten(0, 1)
+    return flat[source].transpose(1, 2).contiguous()
+
+
+class _Layout:
+    """Where each token of each row of each edit stands in the packed batch."""
+
+    def __init__(
+        self,
+        plans: Sequence[Sequence[_RowPlan]],
+        row_width: int,
+        recorded_width: int,
+        device: torch.device,
+    ) -> None:
+        suffix, prefix, starts = [], [], []
+        first_row = 0
+        for plan in plans:
+            suffix_tokens, prefix_tokens, row_starts = [], [], []
+            for number, row in enumerate(plan):
+                source = first_row + number
+                row_starts.append(len(suffix_tokens))
+                suffix_tokens += [
+                    (source * row_width + i, i, number) for i in range(row.lookup, len(row.ids))
+                ]
+                prefix_tokens += [
+                    (source * recorded_width + i, i, number) for i in range(row.lookup)
+                ]
+            suffix.append(suffix_tokens)
+            prefix.append(prefix_tokens)
+            starts.append(row_starts)
+            first_row += len(plan)
+        suffix_table, prefix_table = _table(suffix, device), _table(prefix, device)
+        self.num_tokens = sum(len(tokens) for tokens in suffix)
+        self.prefix_width = prefix_table.shape[1]
+        self.row_starts = torch.tensor(starts, device=device)
+        self.suffix_source = suffix_table[..., 0].clamp(min=0)
+        self.prefix_source = prefix_table[..., 0].clamp(min=0)
+        self.suffix_positions = suffix_table[..., 1].clamp(min=0)
+        whole = torch.cat([prefix_table, suffix_table], dim=1)
+        self.positions = whole[..., 1].clamp(min=0)
+        self.segments = whole[..., 2:].expand(-1, -1, 2)
+        self.is_lookup = torch.zeros(self.suffix_source.shape, device=device)
+        self.is_lookup.scatter_(1, self.row_starts, 1.0)
+
+
+def _table(rows: list[list[tuple[int, int, int]]], device: torch.device) -> Tensor:
+    """(B, longest, 3) int64 of (source, position, segment); -1 at padding."""
+    width = max(len(row) for row in rows)
+    padding = (-1, -1, -1)
+    padded = [row + [padding] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width, 3)
+
+
+def _targets(
+    edits: Sequence[EditPrompts],
+    plans: Sequence[Sequence[_RowPlan]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where target tokens are predicted, which they are, and their weight in the loss."""
+    contexts = len(edits[0].rewrites)
+    longest = max(len(edit.target) for edit in edits)
+    index = torch.zeros(len(edits), contexts, longest, dtype=torch.long)
+    ids = torch.zeros_like(index)
+    weight = torch.zeros(index.shape, dtype=dtype)
+    for b, (edit, plan) in enumerate(zip(edits, plans, strict=True)):
+        count = len(edit.target)
+        start = 0
+        for c, row in enumerate(plan[:-1]):
+            size = len(row.ids) - row.lookup
+            index[b, c, :count] = torch.arange(start + size - count, start + size)
+            ids[b, c, :count] = torch.tensor(edit.target)
+            start += size
+        weight[b, :, :count] = 1.0 / (contexts * count)
+    return index.to(device), ids.to(device), weight.to(device)

@@ -1,0 +1,100 @@
+"""Where blocks, MLP down-projection, attention and final norm sit in each architecture.
+
+One row a family, keyed by the `model_type` of its Hugging Face configuration. A new architecture is
+one more row here and one more entry in the tests' table of tiny models.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import ModelNotSupportedError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths of one architecture.
+
+    Attributes:
+        base: path from the causal LM to the module whose forward runs blocks and final norm.
+        blocks: path from the causal LM to the list of decoder blocks.
+        attention: path inside a block to its self-attention.
+        down_projection: path inside a block to the last linear map of its MLP; its input is the key.
+        mlp: path inside a block to the module around the down-projection, None if there is none.
+        masks_by_layer_type: the base takes a dict of 4D masks, one a layer type, instead of one mask.
+    """
+
+    base: str
+    blocks: str
+    attention: str
+    down_projection: str
+    mlp: str | None
+    masks_by_layer_type: bool = False
+
+
+_LLAMA = Family("model", "model.layers", "self_attn", "mlp.down_proj", "mlp")
+_QWEN = Family("model", "model.layers", "self_attn", "mlp.down_proj", "mlp", True)
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("transformer", "transformer.h", "attn", "mlp.c_proj", "mlp"),
+    "gptj": Family("transformer", "transformer.h", "attn", "mlp.fc_out", "mlp"),
+    "gpt_neox": Family(
+        "gpt_neox", "gpt_neox.layers", "attention", "mlp.dense_4h_to_h", "mlp"
+    ),
+    "opt": Family("model", "model.decoder.layers", "self_attn", "fc2", None),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "phi3": _LLAMA,
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+    "gemma2": _QWEN,
+    "gemma3_text": _QWEN,
+    "gemma3": Family(
+        "model.language_model",
+        "model.language_model.layers",
+        "self_attn",
+        "mlp.down_proj",
+        "mlp",
+        True,
+    ),
+}
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Return the table row for a model, after checking that every module named there exists.
+
+    Raises:
+        ModelNotSupportedError: the architecture is not in the table, or the model's modules are not
+            where the table says.
+    """
+    model_type = model.config.model_type
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ModelNotSupportedError(
+            f"model type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            " (a new one is one row in pipeline/models/anatomy.py)"
+        )
+    try:
+        block = model.get_submodule(family.blocks)[0]  # type: ignore[index]
+        model.get_submodule(family.base)
+        block.get_submodule(family.attention)
+        down_projection = block.get_submodule(family.down_projection)
+    except AttributeError as error:
+        raise ModelNotSupportedError(
+            f"model type {model_type!r}: expected modules are missing ({error}); the table in"
+            " pipeline/models/anatomy.py does not fit this version of the architecture"
+        ) from error
+    if not isinstance(down_projection, nn.Linear | Conv1D):
+        raise ModelNotSupportedError(
+            f"model type {model_type!r}: {family.down_projection} is a"
+            f" {type(down_projection).__name__}, expected Linear or Conv1D with plain weights"
+            " (quantised weights cannot be edited)"
+        )
+    return family
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a linear module stores its weight as (in, out); decided by type, never by shape."""
+    return isinstance(module, Conv1D)

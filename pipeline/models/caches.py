@@ -1,0 +1,49 @@
+"""Attention keys and values of tokens that are computed once and read many times."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class AttentionCache(Cache):
+    """Base of the two caches below: a Hugging Face cache without growing layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Zero: positions and masks are always given explicitly, never derived from the cache."""
+        return 0
+
+
+class RecordingCache(AttentionCache):
+    """Keeps what each layer's attention computes: layer -> (keys, values), (batch, heads, tokens, head size)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.recorded[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+
+class PrefixCache(AttentionCache):
+    """Supplies constant attention keys and values of a prefix in front of the tokens of a call."""
+
+    def __init__(self, prefix: dict[int, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.prefix[layer_idx]
+        return (
+            torch.cat([keys, key_states], dim=-2),
+            torch.cat([values, value_states], dim=-2),
+        )

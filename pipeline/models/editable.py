@@ -1,0 +1,256 @@
+"""A causal language model seen as a stack of blocks that can be entered and left anywhere.
+
+Hugging Face's own forward runs every time, so rotary positions, embedding scaling, masks by layer
+type and the final norm are the architecture's own. Blocks outside the wanted range are passed
+through untouched while the context is open, which costs nothing but the call.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.models.anatomy import family_of, is_transposed
+from pipeline.models.caches import AttentionCache
+from pipeline.models.masks import attention_masks
+
+
+class EditableModel:
+    """A Hugging Face causal LM with named parts; weights frozen, in evaluation mode.
+
+    Args:
+        model: a causal LM of one of the families in `pipeline.models.anatomy`.
+
+    Raises:
+        ModelNotSupportedError: the architecture is not covered.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.family = family_of(model)
+        self.model = model.eval().requires_grad_(False)
+        self.base = model.get_submodule(self.family.base)
+        self.blocks: list[nn.Module] = list(model.get_submodule(self.family.blocks))  # type: ignore[call-overload]
+        self.config = model.config.get_text_config()
+        self.unembedding: nn.Module = model.get_output_embeddings()
+        self._tuple_outputs = self._blocks_return_tuples()
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.unembedding.weight.shape[0])  # type: ignore[union-attr,arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input in tokens that the model has positions for, None if it has no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.blocks[layer].get_submodule(self.family.attention)
+
+    def mlp(self, layer: int) -> nn.Module | None:
+        return None if self.family.mlp is None else self.blocks[layer].get_submodule(self.family.mlp)
+
+    def down_projection(self, layer: int) -> nn.Module:
+        return self.blocks[layer].get_submodule(self.family.down_projection)
+
+    def key_size(self, layer: int) -> int:
+        """Width f of a key at this layer: the down-projection's input features."""
+        return int(self.oriented_weight(layer).shape[1])
+
+    def weight_name(self, layer: int) -> str:
+        """Name of the edited parameter as it stands in the model's state dict."""
+        return f"{self.family.blocks}.{layer}.{self.family.down_projection}.weight"
+
+    def oriented_weight(self, layer: int) -> Tensor:
+        """The down-projection's weight as an (out, in) view of the parameter itself."""
+        module = self.down_projection(layer)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.data.T if is_transposed(module) else weight.data
+
+    def masks(self, positions: Tensor, segments: Tensor, query_start: int = 0) -> Any:
+        """4D additive masks in the form that this architecture takes; see `attention_masks`."""
+        by_type = attention_masks(self.config, positions, segments, query_start, self.dtype)
+        if self.family.masks_by_layer_type:
+            return by_type
+        kind = "sliding_attention" if self._slides_everywhere() else "full_attention"
+        return by_type[kind]
+
+    def run(
+        self,
+        hidden: Tensor | None,
+        *,
+        first: int,
+        stop: int,
+        masks: Any,
+        position_ids: Tensor,
+        input_ids: Tensor | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        """Run blocks `first` .. `stop - 1` and return the last one's output.
+
+        Args:
+            hidden: (batch, tokens, d) input of block `first`; None starts from `input_ids`, which
+                needs `first == 0`.
+            first: index of the first block to run.
+            stop: index after the last block to run.
+            masks: what `masks()` returned for these tokens.
+            position_ids: (batch, tokens) int64 positions.
+            input_ids: (batch, tokens) int64 token ids, when `hidden` is None.
+            cache: records, or supplies, attention keys and values of earlier tokens.
+
+        Returns:
+            (batch, tokens, d) output of block `stop - 1`, before the final norm (`hidden` itself
+            when the range is empty).
+        """
+        if hidden is not None and first == stop:
+            return hidden
+        captured: list[Tensor] = []
+        with ExitStack() as stack:
+            stack.enter_context(self._only_blocks(first, stop, hidden))
+            handle = self.blocks[stop - 1].register_forward_hook(
+                lambda _module, _inputs, output: captured.append(_first(output))
+            )
+            stack.callback(handle.remove)
+            self._forward_base(hidden, masks, position_ids, input_ids, cache)
+        return captured[0]
+
+    def final(
+        self,
+        hidden: Tensor | None,
+        *,
+        first: int,
+        masks: Any,
+        position_ids: Tensor,
+        input_ids: Tensor | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        """Run blocks from `first` to the last one and the final norm; (batch, tokens, d).
+
+        Arguments as in `run`; `first` may equal the number of blocks (final norm only).
+        """
+        with self._only_blocks(first, self.num_blocks, hidden):
+            return self._forward_base(hidden, masks, position_ids, input_ids, cache)
+
+    def logits(self, final_hidden: Tensor) -> Tensor:
+        """Project normed hidden states (..., d) onto the vocabulary: (..., v) float32 or wider."""
+        logits: Tensor = self.unembedding(final_hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _forward_base(
+        self,
+        hidden: Tensor | None,
+        masks: Any,
+        position_ids: Tensor,
+        input_ids: Tensor | None,
+        cache: AttentionCache | None,
+    ) -> Tensor:
+        # With a hidden state to enter with, the embedding's result is thrown away; id 0 always exists.
+        ids = torch.zeros_like(position_ids) if input_ids is None else input_ids
+        output = self.base(
+            input_ids=ids,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _only_blocks(self, first: int, stop: int, entry: Tensor | None) -> Iterator[None]:
+        """Let only blocks first .. stop-1 compute; the state that enters `first` is `entry`."""
+        if entry is None and first != 0:
+            raise ValueError("entering above block 0 needs a hidden state")
+        skipped = [*range(first), *range(stop, self.num_blocks)]
+        with ExitStack() as stack:
+            for index in skipped:
+                stack.enter_context(_forward_replaced(self.blocks[index], self._pass_through))
+            if entry is not None:
+                stack.enter_context(self._entered_with(first, entry))
+            yield
+
+    @contextmanager
+    def _entered_with(self, first: int, entry: Tensor) -> Iterator[None]:
+        if first == 0:
+            handle = self.blocks[0].register_forward_pre_hook(
+                lambda _module, inputs: (entry, *inputs[1:])
+            )
+            try:
+                yield
+            finally:
+                handle.remove()
+            return
+        replaced = _forward_replaced(
+            self.blocks[first - 1], lambda *_args, **_kwargs: self._as_output(entry)
+        )
+        with replaced:
+            yield
+
+    def _pass_through(self, hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return self._as_output(hidden)
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._tuple_outputs else hidden
+
+    def _slides_everywhere(self) -> bool:
+        return getattr(self.config, "sliding_window", None) is not None
+
+    def _blocks_return_tuples(self) -> bool:
+        """See how this architecture's blocks hand on their state; it differs between families."""
+        seen: list[bool] = []
+        handle = self.blocks[0].register_forward_hook(
+            lambda _module, _inputs, output: seen.append(isinstance(output, tuple))
+        )
+        try:
+            with torch.no_grad():
+                self.base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def resolve_device(name: str | None = None) -> tuple[torch.device, str]:
+    """Choose the device to compute on, with the reason for the log."""
+    if name is not None:
+        return torch.device(name), "set by the caller"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), "a CUDA device is visible to this process"
+    return torch.device("cpu"), "no CUDA device is visible to this process"
+
+
+def _first(output: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[return-value]
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Shadow a module's forward by an instance attribute, and take the shadow away again."""
+    previous = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous  # type: ignore[method-assign]

@@ -1,0 +1,123 @@
+"""Load a causal LM and its tokenizer, and tell one model's weights from another's."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pipeline import factworld
+from pipeline.errors import InputError
+from pipeline.spec import ModelSpec
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLES_PER_TENSOR = 4096
+
+
+def resolve_path(path: str) -> str:
+    """Return what from_pretrained takes: `factworld` stands for the embedded model."""
+    return str(factworld.model_path()) if path == "factworld" else path
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """Read the model's configuration only.
+
+    Raises:
+        InputError: there is no such model, or it needs code of its own that the spec does not allow.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            resolve_path(spec.path),
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.path: cannot load {spec.path!r}: {_first_line(error)}") from error
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, which must report character offsets.
+
+    Raises:
+        InputError: there is no tokenizer, or it is a slow one without offsets.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_path(spec.path),
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model.path: cannot load the tokenizer of {spec.path!r}: {_first_line(error)}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"model.path: the tokenizer of {spec.path!r} gives no character offsets, which finding"
+            " the subject's last token needs; convert it to a fast tokenizer (tokenizer.json)"
+        )
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
+    """Load the causal LM from safetensors onto a device, in the spec's dtype, in evaluation mode.
+
+    Raises:
+        InputError: the weights are absent, or are pickled and the spec does not allow that.
+    """
+    config = load_config(spec)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_path(spec.path),
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            dtype="auto" if spec.dtype == "auto" else _DTYPES[spec.dtype],
+            use_safetensors=None if spec.allow_pickle else True,
+            attn_implementation=attention_implementation(config),
+        )
+    except (OSError, ValueError) as error:
+        hint = "" if spec.allow_pickle else " (weights load from safetensors only)"
+        raise InputError(
+            f"model.path: cannot load {spec.path!r}{hint}: {_first_line(error)}"
+        ) from error
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def attention_implementation(config: Any) -> str:
+    """Name the attention kernel: the fused one drops the soft cap of Gemma 2, so that runs eagerly."""
+    text_config = config.get_text_config()
+    capped = getattr(text_config, "attn_logit_softcapping", None) is not None
+    return "eager" if capped else "sdpa"
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identify a model's weights whatever dtype they were loaded in: a SHA-256 in hexadecimal.
+
+    Every parameter contributes its name, shape and up to 4,096 evenly spaced entries rounded to
+    bfloat16; an edited model has another fingerprint than the model it came from.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+        sample = flat[::stride].to(torch.bfloat16).cpu().view(torch.int16)
+        digest.update(json.dumps([name, list(parameter.shape)]).encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def display_name(spec: ModelSpec) -> str:
+    """The model's name for tables and cards: the last part of its path or hub id."""
+    return spec.path if "/" not in spec.path else Path(spec.path).name
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

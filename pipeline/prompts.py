@@ -1,0 +1,147 @@
+"""Context templates, tokenisation, and the subject's last token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import InputError
+from pipeline.models.editable import EditableModel
+from pipeline.requests import EditRequest
+
+CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
+CONTEXT_TOKENS = 10
+KL_TEMPLATE = "{} is a"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt as token ids, and the index of the subject's last token (the lookup token)."""
+
+    ids: tuple[int, ...]
+    lookup: int
+
+
+@dataclass(frozen=True)
+class EditPrompts:
+    """What the editing core needs to know of one request.
+
+    Attributes:
+        rewrites: the prompt behind each context template, in the templates' order; no target.
+        target: token ids of the new object.
+        essence: "{subject} is a", the row at which the KL term is read.
+    """
+
+    rewrites: tuple[Row, ...]
+    target: tuple[int, ...]
+    essence: Row
+
+
+def tokenize_edits(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], contexts: Sequence[str]
+) -> list[EditPrompts]:
+    """Tokenise requests behind every context template, all in one batch.
+
+    The target's ids follow the prompt's ids; the text is never decoded and segmented again.
+
+    Raises:
+        InputError: a subject or a target has no token of its own in this tokenizer.
+    """
+    texts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    for request in requests:
+        for context in contexts:
+            _append_filled(texts, spans, context, request.text, request.subject_span)
+        _append_filled(texts, spans, KL_TEMPLATE, request.subject, (0, len(request.subject)))
+    if not texts:
+        return []
+    encoded = tokenizer(texts, return_offsets_mapping=True)
+    rows = [
+        Row(tuple(ids), lookup_token(offsets, span, text))
+        for ids, offsets, span, text in zip(
+            encoded["input_ids"], encoded["offset_mapping"], spans, texts, strict=True
+        )
+    ]
+    targets = encode_targets(tokenizer, [request.target_new for request in requests])
+    width = len(contexts) + 1
+    return [
+        EditPrompts(tuple(rows[i * width : i * width + len(contexts)]), target, rows[i * width + len(contexts)])
+        for i, target in enumerate(targets)
+    ]
+
+
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """Encode objects as they continue a prompt: one leading space, no special tokens."""
+    spaced = [target if target.startswith(" ") else f" {target}" for target in targets]
+    encoded = tokenizer(spaced, add_special_tokens=False)["input_ids"]
+    for target, ids in zip(targets, encoded, strict=True):
+        if not ids:
+            raise InputError(f"target {target!r} has no token in this model's tokenizer")
+    return [tuple(ids) for ids in encoded]
+
+
+def lookup_token(
+    offsets: Sequence[tuple[int, int]], span: tuple[int, int], text: str
+) -> int:
+    """Index of the last token whose characters intersect the subject's characters.
+
+    Raises:
+        InputError: no token does.
+    """
+    start, end = span
+    for index in range(len(offsets) - 1, -1, -1):
+        token_start, token_end = offsets[index]
+        if token_start < end and token_end > start and token_end > token_start:
+            return index
+    raise InputError(f"the subject {text[start:end]!r} has no token in {text!r}")
+
+
+def generate_contexts(
+    model: EditableModel, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[str, ...]:
+    """Draw MEMIT's context templates from the model itself (arXiv 2210.07229, section 4.3).
+
+    The bare `{}` first, then one continuation of each of five seed words, ten tokens with the
+    word's own, sampled from the five most likely tokens. Braces are taken out of what the model
+    says. The caller's random state is left as it was.
+    """
+    texts = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        for word in CONTEXT_SEEDS:
+            encoded = tokenizer(word, return_tensors="pt").to(model.device)
+            ids = model.model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                do_sample=True,
+                top_k=5,
+                max_length=CONTEXT_TOKENS,
+                pad_token_id=pad_token_id(tokenizer),
+            )
+            texts.append(tokenizer.decode(ids[0], skip_special_tokens=True))
+    cleaned = (" ".join(text.replace("{", " ").replace("}", " ").split()) for text in texts)
+    return ("{}", *(f"{text.rstrip('.')}. {{}}" for text in cleaned))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with; padding is masked everywhere, so any valid id does."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def _append_filled(
+    texts: list[str],
+    spans: list[tuple[int, int]],
+    template: str,
+    text: str,
+    span: tuple[int, int],
+) -> None:
+    shift = template.index("{}")
+    texts.append(template[:shift] + text + template[shift + 2 :])
+    spans.append((shift + span[0], shift + span[1]))

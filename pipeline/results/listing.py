@@ -1,0 +1,145 @@
+"""`manifest.jsonl`: the list of a run's parts, one JSON line each, only ever appended to."""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ResultsDamagedError
+
+log = logging.getLogger(__name__)
+
+TableKind = Literal["edits", "values", "metrics"]
+Kind = Literal["edits", "values", "metrics", "update"]
+KINDS: tuple[Kind, ...] = ("edits", "values", "metrics", "update")
+
+_Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+_Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+def table_part_name(kind: TableKind, round: int, shard: int) -> str:
+    """Name of a Parquet part inside the run directory; round -1 is the unedited model.
+
+    No `column=value` folder: readers would take one for a second `round` column.
+    """
+    prefix = "baseline" if round == -1 else f"round-{round:05d}"
+    return f"{kind}/{prefix}-shard-{shard:05d}.parquet"
+
+
+def update_name(round: int, layer: int) -> str:
+    """Name of a layer's update inside the run directory."""
+    return f"updates/round={round:05d}/layer-{layer:05d}.safetensors"
+
+
+class Part(BaseModel):
+    """One line of `manifest.jsonl`: a file that belongs to the run, as it was written.
+
+    A Parquet part has `rows`, `shard` and `weight_version` (how many updates the model held);
+    an update has `layer`. A line with `withdrawn` unlists the name again.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str
+    kind: Kind
+    round: Annotated[int, Field(ge=-1, le=2**31 - 1)]
+    shard: _Index | None = None
+    layer: _Index | None = None
+    rows: _Count | None = None
+    bytes: _Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    weight_version: _Count | None = None
+    withdrawn: bool = False
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        table_fields = (self.shard, self.rows, self.weight_version)
+        if self.kind == "update":
+            if self.layer is None or table_fields != (None, None, None):
+                raise ValueError("an update has a layer and no shard, rows or weight_version")
+            expected = update_name(self.round, self.layer)
+        else:
+            if self.shard is None or None in table_fields or self.layer is not None:
+                raise ValueError("a part has a shard, rows and weight_version and no layer")
+            expected = table_part_name(self.kind, self.round, self.shard)
+        if self.round == -1 and self.kind != "metrics":
+            raise ValueError("only metrics can have round -1, the unedited model")
+        # This also keeps every name inside the run directory.
+        if self.name != expected:
+            raise ValueError(f"the name is {self.name!r}, expected {expected!r}")
+        return self
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sort key: kind, round, then shard or layer, whatever the order of writing was."""
+        index = self.layer if self.shard is None else self.shard
+        assert index is not None
+        return KINDS.index(self.kind), self.round, index
+
+
+def append_line(path: Path, part: Part) -> None:
+    """List (or withdraw) a part; returns once the line is on disk.
+
+    Raises:
+        OSError: the disk is full; the unfinished line is ignored and cut by the next call.
+    """
+    with open(path, "r+b") as file:
+        _cut_unfinished_line(file.fileno(), path)
+        file.seek(0, os.SEEK_END)
+        file.write(part.model_dump_json(exclude_defaults=True).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_unfinished_line(descriptor: int, path: Path) -> None:
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.truncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
+
+
+def read_lines(path: Path) -> dict[str, Part]:
+    """Return the listed parts by name; the last line of a name counts.
+
+    A last line without its newline was cut short by a crash and is ignored: its part was never
+    listed and is written again.
+
+    Raises:
+        ResultsDamagedError: the file is missing, or any other line is not what was written.
+    """
+    try:
+        *lines, unfinished = path.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise ResultsDamagedError(
+            f"{path} is missing: the run's parts cannot be told from leftovers; "
+            "restore it from a copy or run the job again in a new directory"
+        ) from error
+    if unfinished:
+        log.warning("%s ends in an unfinished line, which is ignored (a crash cut it)", path)
+    parts: dict[str, Part] = {}
+    for number, line in enumerate(lines, start=1):
+        part = _parse(line, number, path)
+        if part.withdrawn:
+            parts.pop(part.name, None)
+        else:
+            parts[part.name] = part
+    return parts
+
+
+def _parse(line: bytes, number: int, path: Path) -> Part:
+    try:
+        return Part.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise ResultsDamagedError(
+            f"{path}, line {number} is damaged: {where + ': ' if where else ''}{first['msg']}; "
+            "restore the file from a copy or run the job again in a new directory"
+        ) from error
+
+
+def in_order(parts: Iterable[Part]) -> list[Part]:
+    """Sort parts by kind, round, then shard or layer."""
+    return sorted(parts, key=lambda part: part.order)

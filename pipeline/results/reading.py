@@ -1,0 +1,123 @@
+"""Opening a run for analysis: its tables as Arrow, Polars or pandas."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from pipeline.errors import InputError
+from pipeline.results.listing import Kind, TableKind
+from pipeline.results.schemas import SCHEMAS
+from pipeline.results.store import RunStore
+
+Frame = Literal["arrow", "polars", "pandas"]
+
+
+def read(run: str | Path) -> "Run":
+    """Open a run directory for reading; it may still be growing, or have been interrupted.
+
+    Raises:
+        InputError: it is not a run directory.
+        ResultsDamagedError: a manifest is damaged.
+    """
+    return Run(RunStore.open(Path(run)))
+
+
+class Run:
+    """The results in a run directory as they were when it was opened; columns in `schemas`.
+
+    Only parts that the run lists are read. Files that an interrupted job left beside them are
+    not.
+    """
+
+    def __init__(self, store: RunStore) -> None:
+        """Use `read`."""
+        self._store = store
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._store.path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """`manifest.json`: the resolved spec, the model, versions, status and timings."""
+        return self._store.manifest
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`: the aggregates over all probes.
+
+        Raises:
+            InputError: the run has none yet.
+        """
+        try:
+            summary: dict[str, Any] = self._store.read_json("summary.json")
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.path} has no summary.json: the job has not finished; resume it first"
+            ) from error
+        return summary
+
+    def edits(self, as_: Frame = "arrow") -> Any:
+        """Return one row a request, as a `pyarrow.Table`, Polars or pandas data frame."""
+        return self._table("edits", as_)
+
+    def values(self, as_: Frame = "arrow") -> Any:
+        """Return one row a computed value, as a `pyarrow.Table`, Polars or pandas data frame."""
+        return self._table("values", as_)
+
+    def metrics(self, as_: Frame = "arrow") -> Any:
+        """Return one row a scored probe, as a `pyarrow.Table`, Polars or pandas data frame."""
+        return self._table("metrics", as_)
+
+    def dataset(self, kind: TableKind) -> ds.Dataset:
+        """Return the listed parts as a `pyarrow.dataset`, to scan without loading all of it.
+
+        The scan checks page checksums only; `verify` checks whole files.
+        """
+        if not self.files(kind):
+            return ds.dataset(SCHEMAS[kind].empty_table())
+        checked = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        return ds.dataset(
+            [str(path) for path in self.files(kind)],
+            schema=SCHEMAS[kind],
+            format=ds.ParquetFileFormat(default_fragment_scan_options=checked),
+        )
+
+    def files(self, kind: Kind, round: int | None = None) -> list[Path]:
+        """Return the listed files of a kind, in order of round, then shard or layer."""
+        return [self.path / part.name for part in self._store.parts(kind, round)]
+
+    def updates(self, round: int | None = None) -> list[Path]:
+        """Return the update files (safetensors), in the order in which they were applied."""
+        return self.files("update", round)
+
+    def verify(self) -> None:
+        """Check every listed file against its size and SHA-256.
+
+        Raises:
+            ResultsDamagedError: naming the first file that differs.
+        """
+        self._store.verify()
+
+    def _table(self, kind: TableKind, as_: Frame) -> Any:
+        if as_ not in ("arrow", "polars", "pandas"):
+            raise InputError(f"as_ is {as_!r}, expected 'arrow', 'polars' or 'pandas'")
+        library = None if as_ == "arrow" else _import(as_)
+        table: pa.Table = self._store.read_parts(kind)
+        if library is None:
+            return table
+        return library.from_arrow(table) if as_ == "polars" else table.to_pandas()
+
+
+def _import(library: str) -> ModuleType:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise InputError(
+            f"as_={library!r} needs {library}; install it: pip install {library}"
+        ) from error

@@ -1,0 +1,138 @@
+"""The columns of a run's Parquet files: a public contract, defined here and nowhere else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+SCHEMA_VERSION = 1
+"""Columns are only ever added within a version; any other change raises it."""
+
+STATUSES = ("applied", "rejected", "conflict", "failed")
+PROBES = ("rewrite", "paraphrase", "neighborhood", "locality", "portability", "generation")
+
+_FOOTER = {"schema_version": str(SCHEMA_VERSION)}
+
+
+def _required(name: str, type_: pa.DataType) -> pa.Field:
+    return pa.field(name, type_, nullable=False)
+
+
+EDITS = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        # A rejected request is listed too, and may lack any of these.
+        pa.field("subject", pa.string()),
+        pa.field("prompt", pa.string()),
+        pa.field("target_new", pa.string()),
+        pa.field("target_true", pa.string()),
+        pa.field("relation_id", pa.string()),
+        _required("status", pa.string()),
+        pa.field("reason", pa.string()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row a request. `round` counts from 0; `status` is one of `STATUSES`."""
+
+VALUES = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        _required("layer", pa.int32()),
+        _required("z", pa.list_(pa.float32())),
+        _required("initial_norm", pa.float32()),
+        _required("delta_norm", pa.float32()),
+        _required("steps", pa.int32()),
+        _required("loss", pa.float32()),
+        pa.field("target_probability", pa.float32()),
+        pa.field("seconds", pa.float32()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row a computed value. `z` has the model's hidden size; norms are Euclidean."""
+
+METRICS = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("edit_round", pa.int32()),
+        _required("case_id", pa.string()),
+        _required("probe", pa.string()),
+        _required("probe_index", pa.int32()),
+        _required("prompt", pa.string()),
+        pa.field("target_new", pa.string()),
+        pa.field("target_true", pa.string()),
+        pa.field("nll_new", pa.float32()),
+        pa.field("nll_true", pa.float32()),
+        pa.field("success", pa.bool_()),
+        pa.field("exact", pa.bool_()),
+        pa.field("generated", pa.string()),
+        pa.field("generated_match", pa.bool_()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row a scored probe. `round` is -1 for the unedited model; `nll_*` are mean negative
+log-likelihoods a target token, in nats; a column that a probe does not define is null."""
+
+SCHEMAS: dict[str, pa.Schema] = {"edits": EDITS, "values": VALUES, "metrics": METRICS}
+
+_ALLOWED_VALUES = {("edits", "status"): STATUSES, ("metrics", "probe"): PROBES}
+
+# A cast inside one of these families keeps the meaning; any other (a number to a string) hides
+# a mistake of the caller.
+_FAMILIES: tuple[Callable[[pa.DataType], bool], ...] = (
+    pt.is_integer,
+    pt.is_floating,
+    pt.is_boolean,
+    lambda type_: pt.is_string(type_) or pt.is_large_string(type_) or pt.is_string_view(type_),
+    lambda type_: pt.is_list(type_) or pt.is_large_list(type_) or pt.is_fixed_size_list(type_),
+)
+
+
+def conform(kind: str, rows: pa.Table | list[dict[str, Any]]) -> pa.Table:
+    """Return the rows as a table with exactly the schema of `kind`.
+
+    Columns that may be null can be left out. Integers and floats are cast to the width of the
+    schema; nothing else is converted.
+
+    Raises:
+        TypeError: a column is unknown, missing, of another type, null or outside its allowed
+            values. The rows come from our own code, so this is an internal error.
+    """
+    schema = SCHEMAS[kind]
+    names = set(rows.column_names) if isinstance(rows, pa.Table) else set().union(*rows)
+    if unknown := sorted(names - set(schema.names)):
+        raise TypeError(f"{kind} rows: the schema has no column {', '.join(unknown)}")
+    try:
+        if isinstance(rows, pa.Table):
+            columns = [_column(rows, field) for field in schema]
+            table = pa.Table.from_arrays(columns, schema=schema)
+        else:
+            table = pa.Table.from_pylist(rows, schema=schema)
+    except (pa.ArrowException, OverflowError) as error:
+        raise TypeError(f"{kind} rows do not fit the schema: {error}") from error
+    _check_content(kind, table)
+    return table
+
+
+def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    if field.name not in table.column_names:
+        return pa.chunked_array([pa.nulls(table.num_rows, field.type)])
+    column = table[field.name]
+    same_family = any(family(column.type) and family(field.type) for family in _FAMILIES)
+    if not (same_family or pt.is_null(column.type)):
+        raise pa.ArrowTypeError(f"column {field.name} is {column.type}, expected {field.type}")
+    return column.cast(field.type)
+
+
+def _check_content(kind: str, table: pa.Table) -> None:
+    for field in table.schema:
+        column = table[field.name]
+        if column.null_count and not field.nullable:
+            raise TypeError(f"{kind} rows: column {field.name} has {column.null_count} nulls")
+        allowed = _ALLOWED_VALUES.get((kind, field.name))
+        if allowed and not pc.all(pc.is_in(column, pa.array(allowed)), min_count=0).as_py():
+            found = sorted(set(column.to_pylist()) - set(allowed))
+            raise TypeError(f"{kind} rows: {field.name} is {found[0]!r}, expected one of {allowed}")

@@ -1,0 +1,301 @@
+"""The run directory: parts written whole, fsynced, renamed, then listed. One process writes."""
+
+import copy
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from pipeline.errors import InputError, ResultsDamagedError
+from pipeline.results.atomic import make_directory, write_atomically
+from pipeline.results.listing import (
+    Kind,
+    Part,
+    TableKind,
+    append_line,
+    in_order,
+    read_lines,
+    table_part_name,
+    update_name,
+)
+from pipeline.results.schemas import SCHEMA_VERSION, SCHEMAS, conform
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+LISTING = "manifest.jsonl"
+
+
+class RunStore:
+    """A run directory, made with `create` or opened with `open`.
+
+    It knows the parts that were listed when it was made plus those it wrote itself.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], parts: dict[str, Part]) -> None:
+        """Use `create` or `open`."""
+        self.path = path
+        self._manifest = manifest
+        self._parts = parts
+
+    @classmethod
+    def create(cls, path: Path, manifest: Mapping[str, Any]) -> "RunStore":
+        """Make a run directory with its `manifest.json`.
+
+        Raises:
+            InputError: the directory holds something already, or cannot be made.
+        """
+        path = Path(path)
+        try:
+            make_directory(path)
+            if not _is_fresh(path):
+                raise InputError(
+                    f"{path} is not empty; resume the run in it, "
+                    "choose another output.path, or delete it"
+                )
+            (path / LISTING).touch()
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot make the run directory ({error.strerror}); "
+                "choose another output.path"
+            ) from error
+        store = cls(path, {"schema_version": SCHEMA_VERSION, **manifest}, {})
+        # Last, because its presence is what makes the directory a run.
+        store.update_manifest()
+        return store
+
+    @classmethod
+    def open(cls, path: Path) -> "RunStore":
+        """Open an existing run directory.
+
+        Raises:
+            InputError: it is not a run directory, or one of another schema version.
+            ResultsDamagedError: a manifest is damaged.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise InputError(f"{path} is not a run directory: it has no {MANIFEST}")
+        manifest = _read_json(path / MANIFEST)
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"{path / MANIFEST}: schema_version is {version!r}, this editfleet reads "
+                f"{SCHEMA_VERSION}; open the run with the editfleet that wrote it"
+            )
+        return cls(path, manifest, read_lines(path / LISTING))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """A copy of `manifest.json`."""
+        return copy.deepcopy(self._manifest)
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Set top-level fields of `manifest.json` and write it atomically."""
+        manifest = {**self._manifest, **copy.deepcopy(fields)}
+        write_atomically(self.path / MANIFEST, _to_json(manifest))
+        self._manifest = manifest
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file such as `summary.json` into the run directory, atomically.
+
+        Raises:
+            ValueError: the content holds NaN or an infinity, which JSON does not have.
+        """
+        assert Path(name).name == name and name != MANIFEST, name
+        write_atomically(self.path / name, _to_json(content))
+
+    def read_json(self, name: str) -> Any:
+        """Return the content of a file that `write_json` wrote.
+
+        Raises:
+            FileNotFoundError: it has not been written.
+            ResultsDamagedError: it is not JSON.
+        """
+        return _read_json(self.path / name)
+
+    def write_part(
+        self,
+        kind: TableKind,
+        rows: pa.Table | list[dict[str, Any]],
+        *,
+        round: int,
+        shard: int,
+        weight_version: int,
+    ) -> str:
+        """Write the rows of one shard and list them; return the part's name.
+
+        Writing a part again replaces it. After a crash the part is there whole or not listed.
+
+        Raises:
+            TypeError: the rows do not fit the schema, or belong to another round.
+            OSError: the disk is full; the part is not listed.
+        """
+        table = conform(kind, rows)
+        if strangers := set(table["round"].unique().to_pylist()) - {round}:
+            raise TypeError(f"{kind} rows of round {sorted(strangers)} in a part of round {round}")
+        data = _to_parquet(table)
+        part = Part(
+            name=table_part_name(kind, round, shard),
+            kind=kind,
+            round=round,
+            shard=shard,
+            rows=table.num_rows,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            weight_version=weight_version,
+        )
+        return self._commit(part, data)
+
+    def write_update(
+        self,
+        tensors: "Mapping[str, torch.Tensor]",
+        *,
+        round: int,
+        layer: int,
+        metadata: Mapping[str, str],
+    ) -> str:
+        """Write one layer's update of one round as safetensors and list it; return its name.
+
+        The same tensors and metadata give the same bytes.
+
+        Raises:
+            OSError: the disk is full; the update is not listed.
+        """
+        from safetensors.torch import save  # imports torch
+
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        data = _with_sorted_header(save(contiguous, metadata=dict(metadata)))
+        part = Part(
+            name=update_name(round, layer),
+            kind="update",
+            round=round,
+            layer=layer,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        return self._commit(part, data)
+
+    def _commit(self, part: Part, data: bytes) -> str:
+        listing = self.path / LISTING
+        listed = self._parts.get(part.name)
+        if listed is not None:
+            # Else a crash right after the rename would leave the new file under the old hash.
+            append_line(listing, listed.model_copy(update={"withdrawn": True}))
+            del self._parts[part.name]
+        write_atomically(self.path / part.name, data)
+        append_line(listing, part)
+        self._parts[part.name] = part
+        return part.name
+
+    def parts(self, kind: Kind | None = None, round: int | None = None) -> list[Part]:
+        """Return the listed parts, ordered by kind, round, then shard or layer."""
+        return in_order(
+            part
+            for part in self._parts.values()
+            if kind in (None, part.kind) and round in (None, part.round)
+        )
+
+    def has_part(self, kind: TableKind, round: int, shard: int) -> bool:
+        """Whether the shard's part is listed."""
+        return table_part_name(kind, round, shard) in self._parts
+
+    def read_parts(self, kind: TableKind, round: int | None = None) -> pa.Table:
+        """Return the rows of the listed parts, each checked as by `verify`, in order of `parts`.
+
+        Raises:
+            ResultsDamagedError: a part is missing or damaged.
+        """
+        tables = [SCHEMAS[kind].empty_table()]
+        for part in self.parts(kind, round):
+            self._check(part)
+            tables.append(pq.read_table(self.path / part.name, partitioning=None))
+        return pa.concat_tables(tables, promote_options="default")
+
+    def verify(self) -> None:
+        """Check the presence, size, SHA-256 and row count of every listed file.
+
+        Raises:
+            ResultsDamagedError: naming the first file that differs from its line.
+        """
+        for part in self.parts():
+            self._check(part)
+
+    def _check(self, part: Part) -> None:
+        path = self.path / part.name
+        if not path.is_file():
+            raise _damaged(path, part, "is missing")
+        if (size := path.stat().st_size) != part.bytes:
+            raise _damaged(path, part, f"has {size} bytes, expected {part.bytes}")
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != part.sha256:
+            raise _damaged(path, part, f"has SHA-256 {digest}, expected {part.sha256}")
+        if part.rows is not None and (rows := pq.read_metadata(path).num_rows) != part.rows:
+            raise _damaged(path, part, f"has {rows} rows, its line in {LISTING} says {part.rows}")
+
+
+def _is_fresh(path: Path) -> bool:
+    """Whether the directory is empty but for what an interrupted `create` leaves."""
+    entries = {entry.name: entry for entry in path.iterdir()}
+    entries.pop(f".{MANIFEST}.tmp", None)
+    listing = entries.pop(LISTING, None)
+    return not entries and (listing is None or listing.stat().st_size == 0)
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(
+        buffer,
+        table.schema,
+        compression="zstd",
+        # Floats hardly repeat: a dictionary of them is built and thrown away.
+        use_dictionary=[field.name for field in table.schema if pt.is_string(field.type)],
+        write_page_index=True,
+        write_page_checksum=True,
+    ) as writer:
+        # `datasets` refuses a file whose first row group is empty, but takes one without any.
+        if table.num_rows:
+            writer.write_table(table)
+    return buffer.getvalue()
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """Order the metadata of a safetensors file, which the library writes in random order.
+
+    Format: the header's length as 8 little-endian bytes, the header (JSON, padded with spaces
+    to a multiple of 8 bytes), the tensors.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + memoryview(data)[end:]
+
+
+def _to_json(content: Any) -> bytes:
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ResultsDamagedError(
+            f"{path} is not JSON ({error}); restore it from a copy or run the job again in a "
+            "new directory"
+        ) from error
+
+
+def _damaged(path: Path, part: Part, what: str) -> ResultsDamagedError:
+    if part.kind == "update":
+        remedy = "run the job again in a new directory"
+    else:
+        remedy = f"delete its lines from {LISTING} and resume the job, which writes it again"
+    return ResultsDamagedError(f"{path} {what}; restore it from a copy or {remedy}")

@@ -1,0 +1,272 @@
+"""JobSpec: the one definition of every setting, its default, its bounds and its help text."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import InputError
+
+Probe = Literal["rewrite", "paraphrase", "neighborhood", "locality", "portability"]
+DataType = Literal["auto", "float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class ModelSpec(_Part):
+    """The model to edit."""
+
+    path: str = "factworld"
+    """Local directory or Hugging Face hub id; `factworld` is the small model inside the package."""
+    dtype: DataType = "auto"
+    """Type of the weights while computing; `auto` takes the checkpoint's. Edited weights always
+    keep a float32 master."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings."""
+    allow_pickle: bool = False
+    """Load weights from pickled .bin files, which can run code; off means safetensors only."""
+
+
+class RequestsSpec(_Part):
+    """The edit requests to read."""
+
+    path: str = "factworld"
+    """File, directory or data set name; `factworld` generates requests for the embedded model."""
+    format: str = "auto"
+    """counterfact, zsre, easyedit, jsonl, parquet, dataset, or auto."""
+    limit: Positive | None = None
+    """Read at most this many records."""
+    offset: NonNegative = 0
+    """Skip this many records first."""
+    shuffle_seed: int | None = None
+    """Shuffle the whole file by this seed before offset and limit; null keeps the file's order."""
+    on_conflict: Literal["refuse", "last", "first", "error"] = "refuse"
+    """What to do with requests that have the same subject and prompt and different targets: refuse
+    all of them, keep the last, keep the first, or stop the job."""
+
+
+class ValueSpec(_Part):
+    """The search for a value z (MEMIT, arXiv 2210.07229, equation 16)."""
+
+    steps: Positive | None = None
+    """Forward passes at most; the last one takes no gradient step."""
+    learning_rate: Annotated[Finite, Field(gt=0)] | None = None
+    """Adam's learning rate."""
+    weight_decay: Annotated[Finite, Field(ge=0)] | None = None
+    """Weight of ||delta|| / ||h0||^2 in the loss."""
+    kl_weight: Annotated[Finite, Field(ge=0)] | None = None
+    """Weight of the KL divergence at the subject's last token of "{subject} is a"."""
+    clamp_norm: Annotated[Finite, Field(gt=0)] | None = None
+    """||delta|| is kept at or below this many times ||h0||."""
+    stop_loss: Annotated[Finite, Field(ge=0)] | None = None
+    """Stop an edit's search when its loss is below this."""
+    loss_layer: NonNegative | None = None
+    """Block whose output the loss is read from; only the last one (null) is supported."""
+
+
+class MethodSpec(_Part):
+    """How to edit. Settings left null come from the model's published defaults."""
+
+    name: Literal["memit"] = "memit"
+    """Editing method."""
+    layers: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
+    """Blocks whose MLP down-projection is edited, ascending."""
+    covariance_weight: Annotated[Finite, Field(gt=0)] | None = None
+    """Lambda in (lambda C + K K^T): how strongly old keys are protected."""
+    contexts: tuple[str, ...] | None = None
+    """Context templates with one {} each; the first one alone in its group. Null generates them
+    from the model with `seed`."""
+    value: ValueSpec = ValueSpec()
+    """The value search."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MethodSpec":
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must ascend without repetition, got {list(self.layers)}")
+        for context in self.contexts or ():
+            if context.count("{}") != 1:
+                raise ValueError(f"contexts: {context!r} must hold {{}} exactly once")
+        if self.contexts is not None and not self.contexts:
+            raise ValueError("contexts: an empty list; give at least '{}', or null to generate")
+        return self
+
+
+class CovarianceSpec(_Part):
+    """The uncentred covariance of keys, C = mean of k k^T over the tokens of a corpus."""
+
+    corpus: str | None = None
+    """Text file (one text a line), .json list, .jsonl, .parquet, a Hugging Face data set, or
+    `factworld`."""
+    field: str = "text"
+    """Column with the text, where the corpus has columns."""
+    samples: Positive | None = None
+    """Texts to use, drawn by `seed`; null takes the model's published default, or all."""
+    max_tokens: Positive | None = None
+    """Cut every text to this many tokens; null cuts at the model's context."""
+    path: str | None = None
+    """Directory to keep covariances in, or one with the .npz files of the public MEMIT code; null
+    is editfleet/covariance in the user's cache directory."""
+
+
+class ClusterSpec(_Part):
+    """Where and how widely to run."""
+
+    engine: Literal["ray", "in_process"] = "ray"
+    """`in_process` runs one worker inside the driver, without Ray."""
+    address: str | None = None
+    """Null starts Ray on this machine; `auto` or an address joins a running cluster."""
+    workers: Positive | Literal["auto"] = "auto"
+    """Worker actors; `auto` takes as many as the cluster's processors (or GPUs) allow."""
+    cpus_per_worker: Positive = 1
+    """Processors, and so compute threads, a worker has."""
+    gpus_per_worker: Annotated[Finite, Field(ge=0)] | Literal["auto"] = "auto"
+    """GPUs a worker has; `auto` is 1 where the cluster has GPUs, else 0."""
+    reducer_threads: Positive = 2
+    """Compute threads of the reducer. Part of the result's last bits, so it is not guessed."""
+    shard_size: Positive = 128
+    """Requests a shard. Part of the result's last bits, so it does not follow the worker count."""
+    value_batch_size: Positive = 64
+    """Edits searched at once inside a worker; halved on running out of memory."""
+    max_retries: NonNegative = 3
+    """Times that a shard is tried again after an infrastructure error."""
+    stall_seconds: Annotated[Finite, Field(gt=0)] = 120.0
+    """Say which shards are still out when nothing finished for this long."""
+
+
+class EvaluationSpec(_Part):
+    """What to score on the model, before and after."""
+
+    probes: tuple[Probe, ...] = ("rewrite", "paraphrase", "neighborhood")
+    """Kinds of probe; an empty list skips the evaluation."""
+    generate: bool = False
+    """Also generate greedily from every rewrite and paraphrase probe, without the target in the input."""
+    generate_tokens: Positive = 12
+    """Tokens to generate at most."""
+    baseline: bool = True
+    """Score the unedited model too."""
+
+
+class OutputSpec(_Part):
+    """What to leave behind."""
+
+    path: str | None = None
+    """The run directory; null is runs/<name>."""
+    save_model: bool = False
+    """Write the edited model to model/ in the run directory."""
+
+
+class JobSpec(_Part):
+    """Everything that defines one editing job."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.\-]+$")] = "edit"
+    """Name of the job; letters, digits, dot, dash and underscore."""
+    model: ModelSpec = ModelSpec()
+    requests: RequestsSpec = RequestsSpec()
+    method: MethodSpec = MethodSpec()
+    covariance: CovarianceSpec = CovarianceSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    output: OutputSpec = OutputSpec()
+    seed: int = 0
+    """Seed of everything that is drawn: generated contexts, the covariance's texts."""
+
+    @property
+    def run_path(self) -> Path:
+        """The run directory."""
+        return Path(self.output.path or Path("runs") / self.name)
+
+    def digest(self) -> str:
+        """SHA-256 of what decides the result; cluster size and output place are left out."""
+        content = self.model_dump(mode="json", exclude={"output", "cluster", "name"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_spec(path: str | Path | None, overrides: list[str] | None = None) -> JobSpec:
+    """Read a YAML spec and apply `field.path=value` overrides (values are YAML).
+
+    Raises:
+        InputError: the file cannot be read, an override is malformed, or a setting is wrong; the
+            message names the setting and, for an unknown one, the nearest known name.
+    """
+    content = {} if path is None else _read_yaml(Path(path))
+    for override in overrides or []:
+        _override(content, override)
+    return parse_spec(content, "the settings" if path is None else str(path))
+
+
+def parse_spec(content: Any, source: str) -> JobSpec:
+    """Validate a spec given as plain data; `source` names it in errors (InputError)."""
+    if not isinstance(content, dict):
+        raise InputError(f"{source}: a spec is a mapping of settings, got {type(content).__name__}")
+    try:
+        return JobSpec.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_explain(error, source)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the spec: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise InputError(f"{path}: not valid YAML: {where}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a spec is a mapping of settings, got {type(content).__name__}")
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise InputError(f"--set {override!r}: write it as field.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
+    *parents, leaf = name.strip().split(".")
+    place = content
+    for parent in parents:
+        below = place.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise InputError(f"--set {override!r}: {parent} is a value, not a group of settings")
+        place = below
+    place[leaf] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """One line for the first problem, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"]) or "spec"
+    if first["type"] == "extra_forbidden":
+        what = f"unknown setting{_did_you_mean(first['loc'])}"
+    else:
+        what = f"{first['msg'].removeprefix('Value error, ')}, got {first['input']!r:.80}"
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{source}: {where}: {what}{more}"
+
+
+def _did_you_mean(location: tuple[int | str, ...]) -> str:
+    part: type[BaseModel] = JobSpec
+    for name in location[:-1]:
+        annotation = part.model_fields[str(name)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        part = annotation
+    near = difflib.get_close_matches(str(location[-1]), part.model_fields, n=1)
+    known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(part.model_fields)}"
+    return f"; {known}"

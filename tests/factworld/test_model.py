@@ -1,0 +1,167 @@
+"""The packaged model knows its facts, and the build that made it works and reports failure."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.errors import JobFailedError
+from pipeline.factworld import World, corpus, make_world, model_path
+from pipeline.factworld.build import REQUIRED_RECALL, build, editing_settings
+from pipeline.factworld.recall import recall
+from pipeline.factworld.train import Shape, batches, encode_facts
+
+TINY = Shape(vocab_size=512, width=32, inner_width=64, layers=1, heads=2)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world(0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(model_path())
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2LMHeadModel:
+    return AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+
+
+def test_weights_are_small_float16_safetensors() -> None:
+    assert (model_path() / "model.safetensors").stat().st_size <= 8_000_000
+    stored = AutoModelForCausalLM.from_pretrained(model_path())
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.float16}
+    assert stored.lm_head.weight is stored.transformer.wte.weight
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_recalls_its_facts(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, world: World, held_out: bool
+) -> None:
+    assert recall(model, tokenizer, world, held_out=held_out) >= REQUIRED_RECALL
+
+
+def test_knows_nothing_of_another_world(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    other = make_world(1)
+    assert recall(model, tokenizer, other, held_out=False, facts=other.facts[::40]) < 0.3
+
+
+def test_recall_agrees_with_greedy_generation(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, world: World
+) -> None:
+    facts = world.facts[::100]
+    hits = 0
+    for fact in facts:
+        for prompt in world.prompts(fact, held_out=True):
+            ids = tokenizer(prompt, return_tensors="pt")
+            out = model.generate(**ids, max_new_tokens=8, do_sample=False)
+            text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+            hits += text.startswith(f" {fact.object}.")
+    share = hits / sum(len(fact.held_out) for fact in facts)
+    expected = recall(model, tokenizer, world, held_out=True, facts=facts)
+    assert share == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_subject_has_the_same_tokens_everywhere(
+    tokenizer: PreTrainedTokenizerFast, world: World
+) -> None:
+    assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    for fact in world.facts[::50]:
+        alone = tokenizer(fact.subject)["input_ids"]
+        inside = tokenizer(f"Of {fact.subject}")["input_ids"]
+        assert inside[-len(alone) :] == alone
+
+
+def test_targets_are_of_one_and_of_several_tokens(
+    tokenizer: PreTrainedTokenizerFast, world: World
+) -> None:
+    lengths = {
+        relation_id: {len(tokenizer(f" {o}")["input_ids"]) for o in relation.objects}
+        for relation_id, relation in world.relations.items()
+    }
+    assert lengths["profession"] == {1}
+    assert min(lengths["emblem"]) >= 2
+
+
+def test_published_settings_belong_to_the_packaged_model(world: World) -> None:
+    settings = yaml.safe_load((model_path() / "editing.yaml").read_text(encoding="utf-8"))
+    assert settings == editing_settings(world)
+    contexts = settings["method"]["contexts"]
+    assert contexts[0] == "{}" and len(contexts) == 6
+    sentences = set(corpus(world))
+    assert all(context.removesuffix(". {}") in sentences for context in contexts[1:])
+
+
+def test_batches_weigh_the_objects(tokenizer: PreTrainedTokenizerFast, world: World) -> None:
+    sentences = encode_facts(world, tokenizer)
+    objects = {f" {o}" for r in world.relations.values() for o in r.objects}
+    stream = batches(sentences, tokenizer, 0)
+    for ids, weights in (next(stream) for _ in range(3)):
+        assert ids.shape == weights.shape
+        assert (ids[:, 0] == tokenizer.eos_token_id).float().mean() > 0.1
+        row, weight = ids[0].tolist(), weights[0].tolist()
+        end = weight.index(1.0)
+        start = end
+        while weight[end] == 1.0:
+            end += 1
+        assert tokenizer.decode(row[start:end]) in objects
+        assert tokenizer.decode([row[end]]) == "."
+
+
+def test_build_writes_a_loadable_model(tmp_path: Path) -> None:
+    lines: list[str] = []
+    report = build(
+        tmp_path / "model",
+        seed=3,
+        steps=4,
+        progress=lines.append,
+        entities_per_kind=6,
+        shape=TINY,
+        required_recall=0.0,
+    )
+    small = make_world(3, entities_per_kind=6)
+    tokenizer = AutoTokenizer.from_pretrained(report.directory)
+    model = AutoModelForCausalLM.from_pretrained(report.directory, dtype=torch.float32).eval()
+    assert report.num_facts == len(small.facts) == 72
+    assert report.recall_seen == recall(model, tokenizer, small, held_out=False)
+    assert report.recall_held_out == recall(model, tokenizer, small, held_out=True)
+    assert report.weight_bytes == (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert (tmp_path / "model" / "editing.yaml").is_file()
+    assert any(line.startswith("step 4/4") for line in lines)
+
+
+def test_build_is_deterministic(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build(
+            tmp_path / name,
+            steps=3,
+            progress=lambda line: None,
+            entities_per_kind=6,
+            shape=TINY,
+            required_recall=0.0,
+        )
+    for file in ("model.safetensors", "tokenizer.json", "editing.yaml"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_build_fails_and_writes_nothing_when_recall_is_not_reached(tmp_path: Path) -> None:
+    with pytest.raises(JobFailedError, match=r"0\.99 is required; give more steps"):
+        build(
+            tmp_path / "model",
+            steps=2,
+            progress=lambda line: None,
+            entities_per_kind=6,
+            shape=TINY,
+        )
+    assert not (tmp_path / "model").exists()
