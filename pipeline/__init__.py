@@ -1,0 +1,40 @@
+"""editfleet: rewrite facts inside large language models, thousands at once, on a Ray cluster."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.applying import apply_updates
+    from pipeline.cluster.run import RunResult, run_batch_edit, run_covariance
+    from pipeline.exporting import export_model
+    from pipeline.requests import EditRequest
+    from pipeline.spec import JobSpec, load_spec
+
+# Loaded when first asked for: a spec can be checked without waiting for torch and Ray.
+_PLACES = {
+    "EditRequest": "pipeline.requests",
+    "JobSpec": "pipeline.spec",
+    "RunResult": "pipeline.cluster.run",
+    "apply_updates": "pipeline.applying",
+    "export_model": "pipeline.exporting",
+    "load_spec": "pipeline.spec",
+    "run_batch_edit": "pipeline.cluster.run",
+    "run_covariance": "pipeline.cluster.run",
+}
+
+__all__ = [
+    "EditRequest",
+    "JobSpec",
+    "RunResult",
+    "apply_updates",
+    "export_model",
+    "load_spec",
+    "run_batch_edit",
+    "run_covariance",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

@@ -30,8 +30,8 @@ class ModelSpec(_Part):
     path: str = "factworld"
     """Local directory or Hugging Face hub id; `factworld` is the small model inside the package."""
     dtype: DataType = "auto"
-    """Type of the weights while computing; `auto` takes the checkpoint's. Edited weights always
-    keep a float32 master."""
+    """Type of the weights while computing; `auto` takes the checkpoint's (float32 where a processor
+    would have to compute in float16). Edited weights always keep a float32 master."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
@@ -140,6 +140,9 @@ class ClusterSpec(_Part):
     """Requests a shard. Part of the result's last bits, so it does not follow the worker count."""
     value_batch_size: Positive = 64
     """Edits searched at once inside a worker; halved on running out of memory."""
+    hidden_states_gb: Annotated[Finite, Field(ge=0)] = 1.0
+    """Gigabytes of hidden states that a worker keeps between layers; beyond it they are computed
+    again, to the same bits."""
     max_retries: NonNegative = 3
     """Times that a shard is tried again after an infrastructure error."""
     stall_seconds: Annotated[Finite, Field(gt=0)] = 120.0

@@ -57,6 +57,13 @@ class KeyWave:
         self._bare = _packs(model, [row.ids[: row.lookup + 1] for row in bare], max_tokens)
         self._others = _packs(model, [row.ids[: row.lookup + 1] for row in others], max_tokens)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the kept hidden states take, or will take once there are any."""
+        tokens = sum(pack.batch.ids.numel() for pack in (*self._bare, *self._others))
+        width = self.model.hidden_size * self.model.dtype.itemsize
+        return tokens * width if self.keep_hidden else 0
+
     @torch.no_grad()
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Read the keys at `layer` and the hidden states at the output of block L.

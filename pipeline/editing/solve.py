@@ -77,10 +77,18 @@ def solve_update(
 def solve_update_from_keys(
     keys_NF: Tensor, residuals_ND: Tensor, factor: Factor
 ) -> Tensor:
-    """The same update from the keys themselves and a factor of lambda C, for N well below F.
+    """The same update, (D, F) float64, from the keys themselves and a factor of lambda C."""
+    left, right = update_factors(keys_NF, residuals_ND, factor)
+    return left @ right
+
+
+def update_factors(
+    keys_NF: Tensor, residuals_ND: Tensor, factor: Factor
+) -> tuple[Tensor, Tensor]:
+    """The same update as two factors of rank N, for N well below F.
 
     With G = (lambda C)^-1 K^T the push-through identity gives R (I + K G)^-1 G^T, so that only an
-    N x N system is solved; the factor serves every batch.
+    N x N system is solved; the factor of lambda C serves every batch.
 
     Args:
         keys_NF: float64 keys, one a row.
@@ -88,10 +96,10 @@ def solve_update_from_keys(
         factor: of lambda C.
 
     Returns:
-        (D, F) float64.
+        (D, N) and (N, F) float64; their product is the update.
     """
     whitened_FN = factor.solve(keys_NF.T)
     small_NN = keys_NF @ whitened_FN
     small_NN.diagonal().add_(1.0)
     lower = torch.linalg.cholesky(small_NN)
-    return torch.cholesky_solve(residuals_ND, lower).T @ whitened_FN.T
+    return torch.cholesky_solve(residuals_ND, lower).T, whitened_FN.T

@@ -1,9 +1,45 @@
 """Edited weights: W = W0 + sum of updates in float32, cast once; undoing gives W0's own bits."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from pipeline.models.editable import EditableModel
+
+
+@dataclass(frozen=True)
+class Update:
+    """One layer's update, (D, F), dense or as two factors, whichever is smaller.
+
+    Attributes:
+        parts: {"dense": (D, F)} or {"left": (D, N), "right": (N, F)}, float32 on the CPU.
+        ridge: what had to be added to the normal equations' diagonal, 0 as a rule.
+    """
+
+    parts: Mapping[str, Tensor]
+    ridge: float = 0.0
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor | None = None, ridge: float = 0.0) -> "Update":
+        """Keep a dense matrix, or the product of two factors in its smaller form."""
+        if right is None:
+            return cls({"dense": left.float().cpu()}, ridge)
+        if left.numel() + right.numel() < left.shape[0] * right.shape[1]:
+            return cls({"left": left.float().cpu(), "right": right.float().cpu()}, ridge)
+        return cls({"dense": (left @ right).float().cpu()}, ridge)
+
+    def matrix(self, device: torch.device | None = None) -> Tensor:
+        """The update as one (D, F) float32 matrix; factors are multiplied in float64."""
+        if "dense" in self.parts:
+            return self.parts["dense"].to(device)
+        left, right = self.parts["left"].to(device), self.parts["right"].to(device)
+        return (left.double() @ right.double()).float()
+
+    def norm(self) -> float:
+        """Frobenius norm."""
+        return float(self.matrix().norm())
 
 
 class EditedWeights:

@@ -79,7 +79,7 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
-            dtype="auto" if spec.dtype == "auto" else _DTYPES[spec.dtype],
+            dtype=_dtype(spec, config, device),
             use_safetensors=None if spec.allow_pickle else True,
             attn_implementation=attention_implementation(config),
         )
@@ -91,11 +91,22 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def attention_implementation(config: Any) -> str:
-    """Name the attention kernel: the fused one drops the soft cap of Gemma 2, so that runs eagerly."""
+def _dtype(spec: ModelSpec, config: Any, device: torch.device) -> torch.dtype | str:
+    """The spec's dtype; `auto` is the checkpoint's, but for float16, which processors are slow in."""
+    if spec.dtype != "auto":
+        return _DTYPES[spec.dtype]
+    stored = getattr(config.get_text_config(), "dtype", None)
+    return torch.float32 if device.type == "cpu" and stored == torch.float16 else "auto"
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Name the attention kernel, None for the architecture's own choice.
+
+    The fused kernels drop the soft cap of Gemma 2's attention, so that runs eagerly.
+    """
     text_config = config.get_text_config()
     capped = getattr(text_config, "attn_logit_softcapping", None) is not None
-    return "eager" if capped else "sdpa"
+    return "eager" if capped else None
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -53,13 +53,9 @@ class RunStore:
             InputError: the directory holds something already, or cannot be made.
         """
         path = Path(path)
+        require_fresh(path)
         try:
             make_directory(path)
-            if not _is_fresh(path):
-                raise InputError(
-                    f"{path} is not empty; resume the run in it, "
-                    "choose another output.path, or delete it"
-                )
             (path / LISTING).touch()
         except OSError as error:
             raise InputError(
@@ -239,6 +235,20 @@ class RunStore:
             raise _damaged(path, part, f"has SHA-256 {digest}, expected {part.sha256}")
         if part.rows is not None and (rows := pq.read_metadata(path).num_rows) != part.rows:
             raise _damaged(path, part, f"has {rows} rows, its line in {LISTING} says {part.rows}")
+
+
+def require_fresh(path: Path) -> None:
+    """Check that a run can begin in a directory, which may be absent.
+
+    Raises:
+        InputError: it holds something already, or is no directory.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir() or not _is_fresh(path):
+        raise InputError(
+            f"{path} is not empty; choose another output.path, or move or delete what is there"
+        )
 
 
 def _is_fresh(path: Path) -> bool:

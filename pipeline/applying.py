@@ -1,0 +1,67 @@
+"""Put a run's updates into a model in memory, and take them out again to the bit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from pipeline.editing.update import EditedWeights, Update
+from pipeline.errors import FingerprintMismatchError
+from pipeline.models.editable import EditableModel
+from pipeline.models.loading import fingerprint
+from pipeline.results import read
+from pipeline.results.updates import read_update
+
+
+@dataclass(frozen=True)
+class AppliedUpdates:
+    """Updates that are in a model; `revert` takes them out."""
+
+    model: PreTrainedModel
+    weights: EditedWeights
+
+    def revert(self) -> None:
+        """Restore the exact bits that the model had before."""
+        self.weights.revert()
+
+
+def apply_updates(model: PreTrainedModel, run: str | Path) -> AppliedUpdates:
+    """Apply a run's updates to a plain transformers model, in place.
+
+    The model may be in another dtype than the run computed in; each edited weight is W0 plus the
+    sum of its updates, formed in float32 and rounded once.
+
+    Args:
+        model: the unedited model that the run edited.
+        run: the run directory.
+
+    Raises:
+        FingerprintMismatchError: the model is another one, is already edited, or a shape differs.
+        ResultsDamagedError: an update file does not match the run's manifest.
+    """
+    opened = read(run)
+    opened.verify()
+    found, expected = fingerprint(model), opened.manifest["model"]["fingerprint"]
+    if found != expected:
+        raise FingerprintMismatchError(
+            f"{run}: its updates were made for a model with fingerprint {expected[:12]}..., this one"
+            f" has {found[:12]}...; load the unedited {opened.manifest['model']['path']!r}"
+        )
+    editable = EditableModel(model)
+    updates = [read_update(path)[:2] for path in opened.updates()]
+    _check_shapes(editable, updates, run)
+    weights = EditedWeights(editable, tuple(sorted({layer for layer, _ in updates})))
+    for layer, update in updates:
+        weights.apply(layer, update.matrix(editable.device))
+    return AppliedUpdates(model, weights)
+
+
+def _check_shapes(
+    model: EditableModel, updates: list[tuple[int, Update]], run: str | Path
+) -> None:
+    for layer, update in updates:
+        has, wants = tuple(update.matrix().shape), tuple(model.oriented_weight(layer).shape)
+        if has != wants:
+            raise FingerprintMismatchError(
+                f"{run}: the update of layer {layer} is {has}, the model's weight {wants}"
+            )

@@ -1,0 +1,167 @@
+"""The `editfleet` command. It decides nothing: every setting is in the job spec."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pipeline.errors import EditfleetError, InputError
+from pipeline.spec import JobSpec, load_spec
+
+app = typer.Typer(
+    help="Rewrite facts inside large language models, thousands at once, on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+factworld_app = typer.Typer(help="The embedded default model and its world.", no_args_is_help=True)
+app.add_typer(factworld_app, name="factworld")
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML).")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a setting; may be repeated."),
+]
+
+EXIT_FAILED = 1
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"editfleet {installed('editfleet')}")
+        raise typer.Exit
+
+
+@app.command()
+def edit(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    save_model: Annotated[
+        bool, typer.Option("--save-model", help="Also write the edited model to RUN/model.")
+    ] = False,
+) -> None:
+    """Edit all requests in one batch, evaluate, and leave a run directory behind."""
+    extra = ["output.save_model=true"] if save_model else []
+    _edit(load_spec(spec, [*(overrides or []), *extra]))
+
+
+@app.command()
+def quickstart(overrides: Overrides = None) -> None:
+    """Run the main job on the embedded model: 200 facts, two workers, about a minute."""
+    settings = ["name=quickstart", "requests.limit=200", "cluster.workers=2"]
+    _edit(load_spec(None, [*settings, f"output.path={_fresh_path('quickstart')}", *(overrides or [])]))
+
+
+@app.command()
+def covariance(spec: SpecPath, overrides: Overrides = None) -> None:
+    """Compute the covariance of every edited layer, or find it already there."""
+    from pipeline.cluster.run import run_covariance
+
+    console = _console()
+    result = run_covariance(load_spec(spec, overrides), console=console)
+    for layer, count in sorted(result.tokens.items()):
+        size = len(result.matrices[layer])
+        console.print(f"layer {layer}: {size} x {size} from {count} tokens", highlight=False)
+    console.print(f"in {result.directory}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def summary(run: RunPath) -> None:
+    """Print a run's summary again."""
+    from pipeline.report.summary import summary_tables
+    from pipeline.results import read
+
+    _console().print(summary_tables(read(run).summary))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the model.")],
+) -> None:
+    """Write a run's edited model with save_pretrained, from its stored updates."""
+    from pipeline.exporting import export_model
+
+    export_model(run, directory)
+    typer.echo(f"edited model in {directory}")
+
+
+@factworld_app.command()
+def build(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the model.")],
+    seed: Annotated[int, typer.Option(help="Seed of the world and the training.")] = 0,
+) -> None:
+    """Generate the world, train the model until it knows its facts, and save it."""
+    from pipeline.factworld.build import build as build_model
+
+    report = build_model(directory, seed=seed, progress=typer.echo)
+    typer.echo(str(report))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 something failed, 2 the input is wrong."""
+    try:
+        app(args=arguments, standalone_mode=True)
+    except InputError as error:
+        typer.echo(f"editfleet: {error}", err=True)
+        sys.exit(EXIT_INPUT)
+    except EditfleetError as error:
+        typer.echo(f"editfleet: {error}", err=True)
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        typer.echo("editfleet: interrupted; what was finished is kept", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _edit(spec: JobSpec) -> None:
+    from pipeline.cluster.run import run_batch_edit
+    from pipeline.report.summary import problem_lines, summary_tables
+    from pipeline.results import read
+
+    console = _console()
+    result = run_batch_edit(spec, console=console)
+    console.print(summary_tables(result.summary))
+    for line in problem_lines(read(result.path).edits().to_pylist()):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"run directory: {result.path}", highlight=False, soft_wrap=True)
+    if result.counts["failed"]:
+        raise typer.Exit(EXIT_FAILED)
+    if result.counts["rejected"] or result.counts["conflict"]:
+        raise typer.Exit(EXIT_INPUT)
+
+
+def _fresh_path(name: str) -> Path:
+    """The first of runs/NAME, runs/NAME-2, ... that is not there yet."""
+    number, path = 1, Path("runs") / name
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{name}-{number}"
+    return path
+
+
+def _console() -> Console:
+    """The console for results and progress; logging goes with it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    console = Console()
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        for noisy in ("httpx", "urllib3", "filelock", "datasets"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+    return console

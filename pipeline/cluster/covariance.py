@@ -1,0 +1,125 @@
+"""The covariance phase: reuse what fits, compute the rest on the workers, keep it on disk."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.cluster.progress import PhaseProgress
+from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.worker import WorkerDescription
+from pipeline.covariances import (
+    CovarianceIdentity,
+    default_directory,
+    load_covariances,
+    write_covariance,
+)
+from pipeline.editing.covariance import GramSums
+from pipeline.errors import InputError
+from pipeline.models.loading import display_name
+from pipeline.sources.corpus import corpus_digest, read_corpus
+from pipeline.spec import JobSpec
+
+log = logging.getLogger(__name__)
+
+# Part of the result's last bits, so these do not follow the worker count.
+_MAX_SHARDS = 8
+_MIN_TEXTS_PER_SHARD = 64
+# A covariance from fewer tokens than this many times F has hardly settled (arXiv 2506.04226
+# finds 2 F to 10 F enough).
+_TOKENS_PER_KEY_ENTRY = 2
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Layer -> C, (F, F) float64, with where each came from and how many tokens it is made of."""
+
+    matrices: dict[int, Tensor]
+    tokens: dict[int, int]
+    directory: Path
+
+
+def ensure_covariances(
+    spec: JobSpec, scheduler: Scheduler, worker: WorkerDescription, progress: PhaseProgress
+) -> Covariances:
+    """Return the covariance of every edited layer, computing what is not on disk yet.
+
+    Raises:
+        InputError: covariances are missing and the spec names no corpus.
+        FingerprintMismatchError: what is at `covariance.path` was made for something else.
+    """
+    layers = spec.method.layers
+    assert layers is not None
+    settings = spec.covariance
+    texts: list[str] = []
+    if settings.corpus is not None:
+        texts = read_corpus(
+            settings.corpus, field=settings.field, samples=settings.samples, seed=spec.seed
+        )
+    identity = CovarianceIdentity(
+        fingerprint=worker.fingerprint,
+        corpus=settings.corpus,
+        corpus_digest=corpus_digest(texts) if texts else None,
+        samples=len(texts) or None,
+        max_tokens=settings.max_tokens,
+        dtype=worker.dtype,
+    )
+    directory = (
+        default_directory(identity, display_name(spec.model))
+        if settings.path is None
+        else Path(settings.path)
+    )
+    matrices, tokens, missing = load_covariances(
+        directory, layers, worker.key_sizes, worker.weight_names, identity
+    )
+    if missing:
+        if not texts:
+            raise InputError(
+                f"covariance: layers {missing} are not in {directory}; give covariance.corpus to"
+                " compute them, or covariance.path to where they are"
+            )
+        sums = _compute(scheduler, texts, settings.max_tokens, progress)
+        for layer, matrix in sums.covariances().items():
+            write_covariance(directory, layer, matrix, tokens=sums.tokens, identity=identity)
+            matrices[layer], tokens[layer] = matrix, sums.tokens
+    else:
+        log.info("covariance: reused from %s", directory)
+    _warn_if_few(tokens, worker.key_sizes)
+    return Covariances(matrices, tokens, directory)
+
+
+def _compute(
+    scheduler: Scheduler, texts: list[str], max_tokens: int | None, progress: PhaseProgress
+) -> GramSums:
+    """One pass over the corpus for all layers; shards are added up in their order."""
+    size = max(_MIN_TEXTS_PER_SHARD, -(-len(texts) // _MAX_SHARDS))
+    shards = [
+        Shard(index, tuple(texts[start : start + size]))
+        for index, start in enumerate(range(0, len(texts), size))
+    ]
+    by_shard: dict[int, GramSums] = {}
+    with progress.phase("covariance", len(texts)) as ticker:
+        outcomes = scheduler.run(
+            "covariance", shards, lambda _, items: (items, max_tokens), split=False
+        )
+        for outcome in outcomes:
+            by_shard[outcome.shard.index] = outcome.done[0].result
+            ticker.advance(len(outcome.shard.items))
+    total = by_shard[0]
+    for shard in shards[1:]:
+        total.add(by_shard[shard.index])
+    return total
+
+
+def _warn_if_few(tokens: dict[int, int], key_sizes: dict[int, int]) -> None:
+    for layer, count in sorted(tokens.items()):
+        enough = _TOKENS_PER_KEY_ENTRY * key_sizes[layer]
+        if count < enough:
+            log.warning(
+                "covariance of layer %d: %d tokens for keys of %d entries; take at least %d",
+                layer,
+                count,
+                key_sizes[layer],
+                enough,
+            )

@@ -1,0 +1,111 @@
+"""Engines: where workers and the reducer live. One in this process, one on a Ray cluster.
+
+An engine only submits calls and hands back their results; retries, versions and order are the
+scheduler's (scheduler.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.cluster.reducer import Reducer
+from pipeline.cluster.worker import EditWorker
+from pipeline.spec import JobSpec
+
+
+class WorkerLostError(Exception):
+    """A call was lost with its worker, node or object: trying again can help."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A call under way. `reference` stands for a large second result that stays where it is."""
+
+    worker: int
+    handle: Any
+    reference: Any = None
+
+
+class Engine(Protocol):
+    """What the scheduler needs of the place where workers live."""
+
+    num_workers: int
+
+    def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Start a method of a worker."""
+        ...
+
+    def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
+        """Return at least one finished call, or none after `timeout` seconds."""
+        ...
+
+    def result(self, call: Call) -> Any:
+        """Return a finished call's result.
+
+        Raises:
+            WorkerLostError: infrastructure failed.
+            Exception: whatever the method raised.
+        """
+        ...
+
+    def share(self, value: Any) -> Any:
+        """Put a large value where every worker can read it once a node; pass it as an argument."""
+        ...
+
+    def restart(self, worker: int) -> None:
+        """Replace a lost worker; the new one has the unedited weights."""
+        ...
+
+    def reduce(self, method: str, *args: Any) -> Any:
+        """Call the reducer and wait for its answer (WorkerLostError as in `result`)."""
+        ...
+
+    def close(self) -> None:
+        """End all workers."""
+        ...
+
+
+@dataclass
+class InProcessEngine:
+    """One worker and the reducer as plain objects; a call runs when it is waited for."""
+
+    spec: JobSpec
+    num_workers: int = 1
+
+    def __post_init__(self) -> None:
+        self._worker = self._new_worker()
+        self._reducer = Reducer(self.spec.method, self.spec.cluster.reducer_threads)
+
+    def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Remember a call."""
+        return Call(worker, (method, args, kwargs))
+
+    def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
+        """Say that the first call is ready; it runs when its result is asked for."""
+        return list(calls[:1])
+
+    def result(self, call: Call) -> Any:
+        """Run the call."""
+        method, args, kwargs = call.handle
+        result = getattr(self._worker, method)(*args, **kwargs)
+        if method == "read_keys":
+            result, call.reference = result
+        return result
+
+    def share(self, value: Any) -> Any:
+        """Hand the value on as it is."""
+        return value
+
+    def restart(self, worker: int) -> None:
+        """Make the worker anew."""
+        self._worker = self._new_worker()
+
+    def reduce(self, method: str, *args: Any) -> Any:
+        """Call the reducer."""
+        return getattr(self._reducer, method)(*args)
+
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
+    def _new_worker(self) -> EditWorker:
+        return EditWorker(self.spec, self.spec.cluster.cpus_per_worker)

@@ -1,0 +1,129 @@
+"""Insertion: layer by layer, keys from the workers, one update from the reducer, back to all."""
+
+import logging
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.cluster.covariance import Covariances
+from pipeline.cluster.engine import WorkerLostError
+from pipeline.cluster.progress import PhaseProgress
+from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.worker import WorkerDescription
+from pipeline.editing.update import Update
+from pipeline.errors import JobFailedError
+from pipeline.results.store import RunStore
+from pipeline.results.updates import write_update
+from pipeline.spec import JobSpec
+
+log = logging.getLogger(__name__)
+
+
+def insert(
+    spec: JobSpec,
+    scheduler: Scheduler,
+    store: RunStore,
+    shards: list[Shard],
+    covariances: Covariances,
+    worker: WorkerDescription,
+    progress: PhaseProgress,
+) -> None:
+    """Write all values into the weights, in ascending order of layers.
+
+    Raises:
+        JobFailedError: a layer's equations cannot be solved, or the reducer keeps dying.
+    """
+    layers = spec.method.layers
+    assert layers is not None
+    values = _read_values(store)
+    total = len(layers) * sum(len(shard.items) for shard in shards)
+    with progress.phase("insertion", total) as ticker:
+        for layer in layers:
+            update = _solve_layer(spec, scheduler, shards, values, covariances, layer)
+            _check(update, layer)
+            write_update(
+                store,
+                round=0,
+                layer=layer,
+                weight_name=worker.weight_names[layer],
+                update=update,
+                metadata={"method": spec.method.name, "fingerprint": worker.fingerprint},
+            )
+            scheduler.apply(layer, update)
+            ticker.advance(total // len(layers))
+
+
+def _solve_layer(
+    spec: JobSpec,
+    scheduler: Scheduler,
+    shards: list[Shard],
+    values: dict[str, Tensor],
+    covariances: Covariances,
+    layer: int,
+) -> Update:
+    for attempt in range(spec.cluster.max_retries + 1):
+        try:
+            return _merge(scheduler, shards, values, covariances, layer)
+        except WorkerLostError as error:
+            log.warning("layer %d: the reducer was lost (%s); merging again", layer, error)
+            if attempt == spec.cluster.max_retries:
+                raise JobFailedError(f"layer {layer}: the reducer keeps dying: {error}") from error
+        except ValueError as error:
+            raise JobFailedError(f"layer {layer}: {error}") from error
+    raise AssertionError("unreachable")
+
+
+def _merge(
+    scheduler: Scheduler,
+    shards: list[Shard],
+    values: dict[str, Tensor],
+    covariances: Covariances,
+    layer: int,
+) -> Update:
+    """Stream shards of keys and residuals to the reducer, which adds them in the plan's order."""
+    engine = scheduler.engine
+    order = {shard.index: place for place, shard in enumerate(shards)}
+    num_edits = sum(len(shard.items) for shard in shards)
+    engine.reduce("begin", covariances.matrices[layer], num_edits)
+    outcomes = scheduler.run(
+        "read_keys",
+        shards,
+        lambda shard, items: (
+            shard.index,
+            items,
+            torch.stack([values[request.case_id] for request in items]),
+            layer,
+        ),
+        # A request that has a value has keys; what fails here is not one request's fault.
+        split=False,
+        version=scheduler.version,
+    )
+    for outcome in outcomes:
+        engine.reduce("add", order[outcome.shard.index], outcome.done[0].reference)
+    update: Update = engine.reduce("solve", len(shards))
+    return update
+
+
+def _read_values(store: RunStore) -> dict[str, Tensor]:
+    """case_id -> z (D,) float32, from the parts on disk."""
+    table: pa.Table = store.read_parts("values", round=0).combine_chunks()
+    if table.num_rows == 0:
+        return {}
+    flat = table["z"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    matrix = torch.from_numpy(np.array(flat).reshape(table.num_rows, -1))
+    return dict(zip(table["case_id"].to_pylist(), matrix, strict=True))
+
+
+def _check(update: Update, layer: int) -> None:
+    """Refuse a ruined update before it reaches a weight, and report a ridge."""
+    if not all(bool(torch.isfinite(part).all()) for part in update.parts.values()):
+        raise JobFailedError(f"layer {layer}: the update holds infinities or NaNs")
+    if update.ridge:
+        log.warning(
+            "layer %d: the normal equations were singular; a ridge of %.3g was added. More"
+            " covariance samples would avoid it",
+            layer,
+            update.ridge,
+        )

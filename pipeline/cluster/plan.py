@@ -1,0 +1,135 @@
+"""The plan of a job: which requests are edited, in which shards, with which settings.
+
+Shards follow from the requests and `cluster.shard_size` alone, so that the result does not depend
+on how many workers there are.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline import factworld
+from pipeline.cluster.scheduler import Shard
+from pipeline.errors import InputError
+from pipeline.evaluation.probes import probes_of
+from pipeline.methods import resolve_settings
+from pipeline.models.loading import load_config, load_tokenizer, resolve_path
+from pipeline.prompts import CONTEXT_TOKENS
+from pipeline.requests import EditRequest, RequestRow, resolve_conflicts
+from pipeline.sources import read_requests
+from pipeline.spec import JobSpec
+
+_FACTWORLD_REQUESTS = 200
+# Room for special tokens, the context's full stop and the space before a target.
+_MARGIN = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do.
+
+    Attributes:
+        spec: the spec with every setting decided (contexts may still be drawn by the model).
+        settings_source: where the settings that the spec left open come from.
+        rows: every request that was read, accepted or not.
+        shards: the accepted requests, cut.
+    """
+
+    spec: JobSpec
+    settings_source: str
+    rows: list[RequestRow]
+    shards: list[Shard]
+
+    @property
+    def num_requests(self) -> int:
+        """Requests to edit."""
+        return sum(len(shard.items) for shard in self.shards)
+
+
+def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> Plan:
+    """Read and check everything that can be checked without the model's weights.
+
+    Args:
+        spec: the job.
+        requests: edit requests given in memory; null reads `spec.requests`.
+
+    Raises:
+        InputError: the spec, the model's configuration or the request file is wrong, or not one
+            request can be edited.
+    """
+    config = load_config(spec.model)
+    spec, source = resolve_settings(spec, config, resolve_path(spec.model.path))
+    rows = _read_rows(spec) if requests is None else _given_rows(requests, spec)
+    tokenizer = load_tokenizer(spec.model)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None:
+        rows = [_within_context(row, tokenizer, int(limit), spec) for row in rows]
+    accepted = [row.request for row in rows if row.request is not None]
+    if not accepted:
+        raise InputError(f"no request can be edited; {rows[0].reason if rows else 'none was given'}")
+    return Plan(spec, source, rows, cut_shards(accepted, spec.cluster.shard_size))
+
+
+def cut_shards(requests: Sequence[EditRequest], size: int) -> list[Shard]:
+    """Cut requests into consecutive shards of at most `size`."""
+    return [
+        Shard(index, tuple(requests[start : start + size]))
+        for index, start in enumerate(range(0, len(requests), size))
+    ]
+
+
+def _read_rows(spec: JobSpec) -> list[RequestRow]:
+    settings = spec.requests
+    chosen: dict[str, Any] = {
+        "limit": settings.limit,
+        "offset": settings.offset,
+        "shuffle_seed": settings.shuffle_seed,
+        "on_conflict": settings.on_conflict,
+    }
+    if settings.path != "factworld":
+        return read_requests(settings.path, settings.format, **chosen)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "factworld.json"
+        count = settings.offset + (settings.limit or _FACTWORLD_REQUESTS)
+        factworld.write_requests(path, count, spec.seed)
+        return read_requests(path, "counterfact", **chosen)
+
+
+def _given_rows(requests: Sequence[EditRequest], spec: JobSpec) -> list[RequestRow]:
+    rows = [RequestRow.accept(i, "requests", request) for i, request in enumerate(requests)]
+    return resolve_conflicts(rows, spec.requests.on_conflict)
+
+
+def _within_context(
+    row: RequestRow, tokenizer: PreTrainedTokenizerBase, limit: int, spec: JobSpec
+) -> RequestRow:
+    """Reject a request one of whose prompts is longer than the model's context."""
+    if row.request is None:
+        return row
+    for field, text in _texts(row.request, spec):
+        # A token is at least one byte of text, so most prompts need no counting.
+        if len(text.encode()) + _MARGIN <= limit:
+            continue
+        tokens = len(tokenizer(text)["input_ids"]) + _MARGIN
+        if tokens > limit:
+            reason = (
+                f"{row.source}: row {row.row}, field {field}: about {tokens} tokens with context and"
+                f" target, the model takes {limit}; shorten it"
+            )
+            return replace(row, request=None, status="rejected", reason=reason)
+    return row
+
+
+def _texts(request: EditRequest, spec: JobSpec) -> list[tuple[str, str]]:
+    """Every text that will be put before the model, as long as it will be, with its field."""
+    contexts = spec.method.contexts
+    longest = "x " * CONTEXT_TOKENS if contexts is None else max(contexts, key=len)
+    texts = [("prompt", f"{longest} {request.text} {request.target_new}")]
+    for probe in probes_of(request, spec.evaluation.probes):
+        target = max(probe.target_new or "", probe.target_true or "", key=len)
+        texts.append((f"{probe.kind}[{probe.index}]", f"{probe.prompt} {target}"))
+    return texts

@@ -1,0 +1,220 @@
+"""The Ray engine: worker and reducer actors on this machine or on a cluster."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from pipeline.cluster.engine import Call, WorkerLostError
+from pipeline.cluster.reducer import Reducer
+from pipeline.cluster.worker import EditWorker
+from pipeline.errors import InputError, JobFailedError
+from pipeline.spec import ClusterSpec, JobSpec
+
+log = logging.getLogger(__name__)
+
+_LOST = (
+    ActorUnavailableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
+_START_SECONDS = 30.0
+# Ray's own share of this machine's memory; updates and shards are megabytes, not gigabytes.
+_LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
+
+
+class RayEngine:
+    """Workers and reducer as actors, restarted by us and never by Ray (architecture.md, rule 1).
+
+    Args:
+        spec: the resolved spec.
+
+    Raises:
+        InputError: a worker cannot be made from this spec (a bad model path, say), or no cluster
+            answers at the address.
+        JobFailedError: workers cannot start for another reason.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self._owns_cluster = not ray.is_initialized()
+        _connect(spec.cluster)
+        self._actor_options = _actor_options(spec.cluster)
+        self.num_workers = _num_workers(spec.cluster, self._actor_options["num_gpus"])
+        self._workers: list[Any] = []
+        self._reducer: Any = None
+        try:
+            self._workers = [self._new_worker() for _ in range(self.num_workers)]
+            self._reducer = self._new_reducer()
+            self._await_start()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Start a method; the keys that `read_keys` measures stay in the object store."""
+        bound = getattr(self._workers[worker], method)
+        if method == "read_keys":
+            handle, reference = bound.options(num_returns=2).remote(*args, **kwargs)
+            return Call(worker, handle, reference)
+        return Call(worker, bound.remote(*args, **kwargs))
+
+    def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
+        """Wait for one call."""
+        by_handle = {call.handle: call for call in calls}
+        done, _ = ray.wait(list(by_handle), num_returns=1, timeout=timeout)
+        return [by_handle[handle] for handle in done]
+
+    def result(self, call: Call) -> Any:
+        """Fetch a finished call's result."""
+        return _fetch(call.handle)
+
+    def share(self, value: Any) -> Any:
+        """Put a value into the object store once."""
+        return ray.put(value)
+
+    def restart(self, worker: int) -> None:
+        """Kill what is left of a worker and start a new one in its place."""
+        ray.kill(self._workers[worker])
+        self._workers[worker] = self._new_worker()
+
+    def reduce(self, method: str, *args: Any) -> Any:
+        """Call the reducer and wait; a lost reducer is replaced before the error goes on."""
+        try:
+            return _fetch(getattr(self._reducer, method).remote(*args))
+        except WorkerLostError:
+            ray.kill(self._reducer)
+            self._reducer = self._new_reducer()
+            raise
+
+    def close(self) -> None:
+        """End all actors, and the cluster if this engine started it."""
+        for actor in [*self._workers, self._reducer]:
+            if actor is not None:
+                ray.kill(actor)
+        self._workers, self._reducer = [], None
+        if self._owns_cluster:
+            ray.shutdown()
+
+    def _new_worker(self) -> Any:
+        actor = ray.remote(EditWorker).options(max_restarts=0, max_task_retries=0, **self._actor_options)
+        return actor.remote(self.spec, self.spec.cluster.cpus_per_worker)
+
+    def _new_reducer(self) -> Any:
+        # It works while the workers wait, so it asks for no processor of its own.
+        actor = ray.remote(Reducer).options(num_cpus=0, max_restarts=0, max_task_retries=0)
+        return actor.remote(self.spec.method, self.spec.cluster.reducer_threads)
+
+    def _await_start(self) -> None:
+        """Wait for all workers, however long an autoscaler takes, and say what is missing."""
+        waiting = [worker.describe.remote() for worker in self._workers]
+        seconds = 0.0
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=_START_SECONDS)
+            for handle in done:
+                try:
+                    _fetch(handle)
+                except WorkerLostError as error:
+                    raise JobFailedError(f"a worker did not start: {error}") from error
+            if not done:
+                seconds += _START_SECONDS
+                log.warning(
+                    "waiting for %d of %d workers since %.0f s; each asks for %s, free are %s",
+                    len(waiting),
+                    self.num_workers,
+                    seconds,
+                    {k: v for k, v in self._actor_options.items() if k.startswith("num_")},
+                    {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")},
+                )
+
+
+def _fetch(handle: Any) -> Any:
+    """Get an object; errors of ours come back as they were raised, lost ones as WorkerLostError."""
+    try:
+        return ray.get(handle)
+    except RayActorError as error:
+        cause = _cause_of_start_failure(error)
+        if cause is not None:
+            raise cause from error
+        raise WorkerLostError(_first_line(error)) from error
+    except _LOST as error:
+        raise WorkerLostError(_first_line(error)) from error
+    except RayTaskError as error:
+        raise error.cause from error
+
+
+def _cause_of_start_failure(error: RayActorError) -> Exception | None:
+    """The error that a worker's own constructor raised: it would fail on every worker."""
+    if not getattr(error, "actor_init_failed", False):
+        return None
+    text = str(error).strip()
+    for line in reversed(text.splitlines()):
+        name, _, message = line.strip().partition(": ")
+        if name.startswith("pipeline.errors."):
+            return InputError(message)
+    return JobFailedError(f"a worker cannot start: {text.splitlines()[-1]}")
+
+
+def _connect(cluster: ClusterSpec) -> None:
+    if ray.is_initialized():
+        return
+    # Workers do not inherit the driver's ways of finding packages otherwise; nothing is uploaded.
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if cluster.address is not None:
+        try:
+            ray.init(address=cluster.address, **quiet)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(
+                f"cluster.address: no Ray cluster answers at {cluster.address!r}"
+                f" ({_first_line(error)}); start one with `ray start --head`, or set it to null"
+            ) from error
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        address="local",
+        num_cpus=_local_cpus(cluster),
+        include_dashboard=False,
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        **quiet,
+    )
+
+
+def _local_cpus(cluster: ClusterSpec) -> int:
+    """Processors to announce: the machine's, or more when more workers are asked for."""
+    asked = 0 if cluster.workers == "auto" else cluster.workers * cluster.cpus_per_worker
+    return max(len(os.sched_getaffinity(0)), asked)
+
+
+def _actor_options(cluster: ClusterSpec) -> dict[str, Any]:
+    gpus = cluster.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}
+
+
+def _num_workers(cluster: ClusterSpec, gpus: float) -> int:
+    if cluster.workers != "auto":
+        return cluster.workers
+    resources = ray.cluster_resources()
+    by_cpu = int(resources.get("CPU", 1) // cluster.cpus_per_worker)
+    by_gpu = int(resources.get("GPU", 0) // gpus) if gpus else by_cpu
+    return max(1, min(by_cpu, by_gpu))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+

@@ -1,0 +1,257 @@
+"""The scheduler: shards to workers, dynamically, with versions, retries and blame.
+
+One loop serves every phase. A shard lost with its worker is tried again; a shard on which our code
+fails is split until the guilty request is alone, which then fails with its reason (architecture.md,
+rules 1 to 3 of the cluster layer).
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.cluster.engine import Call, Engine, WorkerLostError
+from pipeline.editing.update import Update
+from pipeline.errors import EditfleetError, JobFailedError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive items of a plan (requests, texts); `index` names its parts on disk."""
+
+    index: int
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A piece of a shard that worked; one piece a shard unless it had to be split."""
+
+    start: int
+    items: tuple[Any, ...]
+    result: Any
+    reference: Any
+
+
+@dataclass
+class Outcome:
+    """What came of a shard: the pieces that worked, in order, and (item, reason) of the rest."""
+
+    shard: Shard
+    done: list[Done] = field(default_factory=list)
+    failures: list[tuple[Any, str]] = field(default_factory=list)
+    open: int = 1
+
+    @property
+    def survivors(self) -> tuple[Any, ...]:
+        """The items that worked, in order."""
+        return tuple(item for piece in self.done for item in piece.items)
+
+
+@dataclass
+class _Piece:
+    """A shard or a part of one, on its way."""
+
+    shard: Shard
+    start: int
+    items: tuple[Any, ...]
+    retries: int = 0
+
+
+# Given a piece's shard and items: the method's positional arguments.
+Arguments = Callable[[Shard, tuple[Any, ...]], tuple[Any, ...]]
+
+
+class Scheduler:
+    """Runs phases over the engine's workers and keeps their weights at one version.
+
+    Args:
+        engine: where the workers live.
+        max_retries: times that a shard is tried again after an infrastructure error.
+        stall_seconds: say what is still out when nothing finished for this long.
+    """
+
+    def __init__(self, engine: Engine, max_retries: int, stall_seconds: float) -> None:
+        self.engine = engine
+        self.max_retries = max_retries
+        self.stall_seconds = stall_seconds
+        self.version = 0
+        self._updates: list[tuple[int, Any]] = []
+        self._contexts: tuple[str, ...] = ()
+        self._home: dict[int, int] = {}
+
+    def run(
+        self,
+        method: str,
+        shards: Sequence[Shard],
+        arguments: Arguments,
+        *,
+        split: bool = True,
+        **settings: Any,
+    ) -> Iterator[Outcome]:
+        """Run a method over shards; outcomes come as they are complete, in any order.
+
+        Every worker has one call under way and takes the next shard when it is done. A shard goes
+        back to the worker that had it before, where that one is free, since it may have kept state.
+
+        Args:
+            method: name of a method of `EditWorker`.
+            shards: what to run it over.
+            arguments: makes its positional arguments.
+            split: look for the guilty item when the method fails; else the error ends the job.
+            settings: keyword arguments.
+
+        Raises:
+            JobFailedError: a shard was lost more often than `max_retries`.
+        """
+        waiting = deque(_Piece(shard, 0, shard.items) for shard in shards)
+        outcomes = {shard.index: Outcome(shard) for shard in shards}
+        under_way: dict[Call, _Piece] = {}
+        idle = set(range(self.engine.num_workers))
+        while waiting or under_way:
+            while waiting and idle:
+                worker, piece = self._match(waiting, idle)
+                idle.discard(worker)
+                given = arguments(piece.shard, piece.items)
+                under_way[self.engine.submit(worker, method, *given, **settings)] = piece
+            for call in self._wait(method, under_way):
+                piece = under_way.pop(call)
+                outcome = outcomes[piece.shard.index]
+                self._settle(call, piece, waiting, outcome, split)
+                idle.add(call.worker)
+                if outcome.open == 0:
+                    outcome.done.sort(key=lambda done: done.start)
+                    yield outcomes.pop(piece.shard.index)
+
+    def broadcast(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call a method on every worker and wait; a lost worker is replaced and asked again."""
+        calls = [
+            self.engine.submit(worker, method, *args, **kwargs)
+            for worker in range(self.engine.num_workers)
+        ]
+        return [self._insist(call, method, args, kwargs) for call in calls]
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method on one worker and wait."""
+        return self._insist(self.engine.submit(0, method, *args, **kwargs), method, args, kwargs)
+
+    def set_contexts(self, contexts: tuple[str, ...]) -> None:
+        """Hand the context templates to every worker, and to those that replace them."""
+        self._contexts = contexts
+        self.broadcast("set_contexts", contexts)
+
+    def apply(self, layer: int, update: Update) -> None:
+        """Bring an update to every worker: one put, then one version up everywhere."""
+        reference = self.engine.share(update)
+        version = self.version
+        self._updates.append((layer, reference))
+        self.version += 1
+        calls = [
+            self.engine.submit(worker, "apply", layer, reference, version=version)
+            for worker in range(self.engine.num_workers)
+        ]
+        for call in calls:
+            try:
+                self.engine.result(call)
+            except WorkerLostError as error:
+                self._replace(call.worker, error)
+
+    def _match(self, waiting: deque[_Piece], idle: set[int]) -> tuple[int, _Piece]:
+        """Choose a worker and a piece: one that is at home there, else one without a home."""
+        for worker in sorted(idle):
+            for position, piece in enumerate(waiting):
+                if self._home.get(piece.shard.index, worker) == worker:
+                    del waiting[position]
+                    self._home[piece.shard.index] = worker
+                    return worker, piece
+        worker, piece = min(idle), waiting.popleft()
+        self._home[piece.shard.index] = worker
+        return worker, piece
+
+    def _wait(self, method: str, under_way: dict[Call, _Piece]) -> list[Call]:
+        since = time.monotonic()
+        while True:
+            done = self.engine.wait(list(under_way), self.stall_seconds)
+            if done:
+                return done
+            log.warning(
+                "%s: nothing finished for %.0f s; still out: %s",
+                method,
+                time.monotonic() - since,
+                ", ".join(f"shard {p.shard.index} on worker {c.worker}" for c, p in under_way.items()),
+            )
+
+    def _settle(
+        self, call: Call, piece: _Piece, waiting: deque[_Piece], outcome: Outcome, split: bool
+    ) -> None:
+        """Book a finished call."""
+        try:
+            result = self.engine.result(call)
+        except WorkerLostError as error:
+            self._replace(call.worker, error)
+            if piece.retries >= self.max_retries:
+                raise JobFailedError(
+                    f"shard {piece.shard.index} was lost {piece.retries + 1} times, the last time:"
+                    f" {error}; the finished parts are kept"
+                ) from error
+            waiting.appendleft(replace(piece, retries=piece.retries + 1))
+        except Exception as error:
+            if not split:
+                raise
+            self._blame(error, piece, waiting, outcome)
+        else:
+            outcome.done.append(Done(piece.start, piece.items, result, call.reference))
+            outcome.open -= 1
+
+    def _blame(
+        self, error: Exception, piece: _Piece, waiting: deque[_Piece], outcome: Outcome
+    ) -> None:
+        """Split a shard on which a call failed, or hold its one item responsible."""
+        if len(piece.items) == 1:
+            log.error("shard %d: an item failed", piece.shard.index, exc_info=error)
+            outcome.failures.append((piece.items[0], _reason(error)))
+            outcome.open -= 1
+            return
+        log.warning("shard %d failed (%s); splitting it", piece.shard.index, _reason(error))
+        middle = len(piece.items) // 2
+        upper = replace(piece, start=piece.start + middle, items=piece.items[middle:])
+        waiting.extendleft([upper, replace(piece, items=piece.items[:middle])])
+        outcome.open += 1
+
+    def _insist(self, call: Call, method: str, args: Any, kwargs: Any) -> Any:
+        for _ in range(self.max_retries):
+            try:
+                return self.engine.result(call)
+            except WorkerLostError as error:
+                self._replace(call.worker, error)
+                call = self.engine.submit(call.worker, method, *args, **kwargs)
+        return self.engine.result(call)
+
+    def _replace(self, worker: int, error: WorkerLostError) -> None:
+        """Start a lost worker anew and bring it to the version of the others."""
+        log.warning("worker %d was lost (%s); starting it again", worker, error)
+        for _ in range(self.max_retries + 1):
+            try:
+                self._restart(worker)
+                return
+            except WorkerLostError as again:
+                error = again
+        raise JobFailedError(f"worker {worker} does not come back: {error}") from error
+
+    def _restart(self, worker: int) -> None:
+        self.engine.restart(worker)
+        if self._contexts:
+            self.engine.result(self.engine.submit(worker, "set_contexts", self._contexts))
+        for version, (layer, reference) in enumerate(self._updates):
+            self.engine.result(
+                self.engine.submit(worker, "apply", layer, reference, version=version)
+            )
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, EditfleetError) else f"{type(error).__name__}: {text}"

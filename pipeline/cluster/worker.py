@@ -1,0 +1,233 @@
+"""The worker: one model replica that computes values, keys, covariance sums and scores.
+
+A plain class: the driver wraps it as a Ray actor, tests and machines without Ray call it directly.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.editing.covariance import GramSums, gram_sums
+from pipeline.editing.keys import KeyWave
+from pipeline.editing.update import EditedWeights, Update
+from pipeline.editing.values import FoundValue
+from pipeline.errors import WeightVersionMismatchError
+from pipeline.evaluation import metrics, probes
+from pipeline.evaluation.generation import generate
+from pipeline.evaluation.scoring import score
+from pipeline.methods import build_method
+from pipeline.models.editable import EditableModel, resolve_device
+from pipeline.models.loading import fingerprint, load_model, load_tokenizer
+from pipeline.prompts import generate_contexts, tokenize_edits
+from pipeline.requests import EditRequest
+from pipeline.results.schemas import conform
+from pipeline.spec import JobSpec
+
+# Tokens in one forward pass without gradients: enough to keep a processor's or a card's matrix
+# units busy, few enough to stay small beside the model.
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+
+
+@dataclass(frozen=True)
+class WorkerDescription:
+    """What a worker says about itself when it has started."""
+
+    fingerprint: str
+    device: str
+    device_reason: str
+    dtype: str
+    key_sizes: dict[int, int]
+    weight_names: dict[int, str]
+    threads: int
+    process: int
+
+
+class EditWorker:
+    """One replica of the model, at a known weight version.
+
+    Args:
+        spec: the resolved job spec.
+        threads: compute threads.
+
+    Raises:
+        InputError: the model cannot be loaded or is not supported.
+    """
+
+    def __init__(self, spec: JobSpec, threads: int) -> None:
+        torch.set_num_threads(threads)
+        device, self._device_reason = resolve_device()
+        self.spec = spec
+        self.tokenizer = load_tokenizer(spec.model)
+        self.model = EditableModel(load_model(spec.model, device))
+        self.method = build_method(spec.method)
+        self.contexts = tuple(spec.method.contexts or ())
+        self._fingerprint = fingerprint(self.model.model)
+        self.weights = EditedWeights(self.model, self.method.layers)
+        self._waves: dict[int, KeyWave] = {}
+        self._max_tokens = _TOKENS_PER_BATCH[device.type]
+
+    def describe(self) -> WorkerDescription:
+        """Report model, device and shapes."""
+        layers = self.method.layers
+        return WorkerDescription(
+            fingerprint=self._fingerprint,
+            device=str(self.model.device),
+            device_reason=self._device_reason,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            key_sizes={layer: self.model.key_size(layer) for layer in layers},
+            weight_names={layer: self.model.weight_name(layer) for layer in layers},
+            threads=torch.get_num_threads(),
+            process=os.getpid(),
+        )
+
+    def generate_contexts(self) -> tuple[str, ...]:
+        """Draw context templates from the unedited model by the spec's seed."""
+        self._require(0)
+        return generate_contexts(self.model, self.tokenizer, self.spec.seed)
+
+    def set_contexts(self, contexts: Sequence[str]) -> None:
+        """Use these context templates from now on."""
+        self.contexts = tuple(contexts)
+
+    def covariance(self, texts: Sequence[str], max_tokens: int | None) -> GramSums:
+        """Sum k k^T over the tokens of some texts, for every edited layer, on the unedited model."""
+        self._require(0)
+        limit = min(n for n in (max_tokens, self.model.max_positions, 1 << 20) if n is not None)
+        rows = [ids[:limit] for ids in self.tokenizer(list(texts))["input_ids"]]
+        rows = [ids for ids in rows if ids]
+        return gram_sums(self.model, self.method.layers, rows, self._max_tokens)
+
+    def values(self, requests: Sequence[EditRequest], *, version: int, round: int) -> pa.Table:
+        """Search the values of a shard; rows of values/, non-finite ones with NaN in them."""
+        self._require(version)
+        start = time.perf_counter()
+        edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+        found = self.method.find_values(
+            self.model, edits, self.spec.cluster.value_batch_size
+        )
+        seconds = (time.perf_counter() - start) / max(1, len(found))
+        layer = self.method.layers[-1]
+        pairs = zip(requests, found, strict=True)
+        return conform(
+            "values",
+            [_value_row(request, value, layer, round, seconds) for request, value in pairs],
+        )
+
+    def read_keys(
+        self,
+        shard: int,
+        requests: Sequence[EditRequest],
+        values_ND: Tensor,
+        layer: int,
+        *,
+        version: int,
+    ) -> tuple[int, tuple[Tensor, Tensor]]:
+        """Measure a shard's keys and residuals at a layer; edits before it must be in place.
+
+        Returns:
+            How many edits, and (keys (N, F), residuals (N, D)), float32 or wider, on the CPU.
+        """
+        self._require(version)
+        wave = self._wave(shard, requests)
+        keys, residuals = self.method.keys_and_residuals(wave, layer, values_ND)
+        if layer == self.method.layers[-1]:
+            del self._waves[shard]
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        return len(requests), (keys.to(wide).cpu(), residuals.cpu())
+
+    def apply(self, layer: int, update: Update, *, version: int) -> int:
+        """Add an update to a layer's weight if this worker is at `version`; return its new version.
+
+        Asking again after it was applied changes nothing.
+        """
+        if self.weights.version == version + 1:
+            return self.weights.version
+        self._require(version)
+        self.weights.apply(layer, update.matrix(self.model.device))
+        return self.weights.version
+
+    def evaluate(
+        self, requests: Sequence[EditRequest], *, version: int, round: int, edit_round: int
+    ) -> pa.Table:
+        """Score every probe of a shard; rows of metrics/."""
+        self._require(version)
+        settings = self.spec.evaluation
+        asked = [p for request in requests for p in probes.probes_of(request, settings.probes)]
+        scores = score(self.model, self.tokenizer, asked, max_tokens=self._max_tokens)
+        generated = self._generate(asked) if settings.generate else None
+        return conform(
+            "metrics",
+            metrics.rows(asked, scores, round=round, edit_round=edit_round, generated=generated),
+        )
+
+    def save_model(self, directory: str, *, version: int) -> None:
+        """Write model and tokenizer with save_pretrained, at the weights of `version`."""
+        self._require(version)
+        self.model.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def peak_memory(self) -> dict[str, int]:
+        """Peak resident memory of this process, and peak device memory, in bytes."""
+        cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"resident": resident, "device": cuda}
+
+    def _generate(self, asked: Sequence[probes.Probe]) -> list[str | None]:
+        """Continue every rewrite and paraphrase probe greedily; None for the other kinds."""
+        chosen = [i for i, probe in enumerate(asked) if probe.kind in ("rewrite", "paraphrase")]
+        texts = generate(
+            self.model,
+            self.tokenizer,
+            [asked[i].prompt for i in chosen],
+            max_new_tokens=self.spec.evaluation.generate_tokens,
+            batch_tokens=self._max_tokens,
+        )
+        continued = dict(zip(chosen, texts, strict=True))
+        return [continued.get(i) for i in range(len(asked))]
+
+    def _wave(self, shard: int, requests: Sequence[EditRequest]) -> KeyWave:
+        if shard not in self._waves:
+            edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+            self._waves[shard] = KeyWave(
+                self.model,
+                edits,
+                self.method.layers[-1],
+                max_tokens=self._max_tokens,
+                keep_hidden=self._room_for_hidden(),
+            )
+        return self._waves[shard]
+
+    def _room_for_hidden(self) -> bool:
+        """Whether the hidden states kept so far leave room for another shard's."""
+        kept = sum(wave.num_bytes for wave in self._waves.values())
+        return kept < self.spec.cluster.hidden_states_gb * 1e9
+
+    def _require(self, version: int) -> None:
+        if self.weights.version != version:
+            raise WeightVersionMismatchError(
+                f"this worker holds {self.weights.version} updates, {version} are expected"
+            )
+
+
+def _value_row(
+    request: EditRequest, value: FoundValue, layer: int, round: int, seconds: float
+) -> dict[str, Any]:
+    return {
+        "round": round,
+        "case_id": request.case_id,
+        "layer": layer,
+        "z": value.z.float().numpy(),
+        "initial_norm": value.initial_norm,
+        "delta_norm": value.delta_norm,
+        "steps": value.steps,
+        "loss": value.loss,
+        "target_probability": value.target_probability,
+        "seconds": seconds,
+    }

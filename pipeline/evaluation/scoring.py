@@ -1,0 +1,187 @@
+"""Likelihoods of answers behind prompts, for many probes at once.
+
+Prompts are shared between their answers (see `pipeline.evaluation.packing`), rows of like length are
+batched, and only positions that predict an answer are projected onto the vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import InputError
+from pipeline.evaluation.metrics import exact, is_success
+from pipeline.evaluation.packing import (
+    EncodedProbes,
+    Ints,
+    Layout,
+    as_ints,
+    encode_probes,
+    length_batches,
+)
+from pipeline.evaluation.probes import Probe
+from pipeline.models.editable import EditableModel
+
+LOGIT_BYTES = 32 << 20
+"""Memory for logits at one time; the vocabulary projection is cut to fit."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model says to one probe.
+
+    Attributes:
+        nll_new: mean negative log-likelihood of a token of `target_new`, in nats; None without one.
+            Not a number if the model's logits are not.
+        nll_true: the same of `target_true`.
+        success: see `pipeline.evaluation.metrics.is_success`.
+        exact: see `pipeline.evaluation.metrics.exact`.
+    """
+
+    nll_new: float | None
+    nll_true: float | None
+    success: bool | None
+    exact: bool | None
+
+
+def score(
+    model: EditableModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    *,
+    max_tokens: int,
+) -> list[Score]:
+    """Score probes, in their order.
+
+    Each distinct pair of a prompt and an answer is scored once. The answer's ids follow the
+    prompt's ids; text is never joined and segmented again. Logits are float32 (float64 for a float64
+    model).
+
+    Args:
+        max_tokens: tokens of a batch at most, padding counted; a longer row is a batch of its own.
+
+    Raises:
+        InputError: a probe is longer than the model has positions for, or its prompt or an answer
+            has no token.
+    """
+    if not probes:
+        return []
+    encoded = encode_probes(tokenizer, probes)
+    _check_fit(model.max_positions, probes, encoded)
+    layout = Layout(encoded)
+    nll, right = _run(model, layout, max_tokens)
+    return [
+        _judge(probe, pair_new, pair_true, nll, right)
+        for probe, pair_new, pair_true in zip(probes, encoded.new, encoded.true, strict=True)
+    ]
+
+
+def probe_lengths(tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> list[int]:
+    """Positions that each probe needs: its prompt's tokens and all but the last of its longer answer's.
+
+    Raises:
+        InputError: a prompt or an answer has no token.
+    """
+    return encode_probes(tokenizer, probes).lengths if probes else []
+
+
+def _check_fit(limit: int | None, probes: Sequence[Probe], encoded: EncodedProbes) -> None:
+    if limit is None:
+        return
+    for probe, length in zip(probes, encoded.lengths, strict=True):
+        if length > limit:
+            raise InputError(
+                f"{probe.name}: needs {length} tokens with its answer, the model has {limit} "
+                "positions; shorten the prompt or leave it out"
+            )
+
+
+@torch.inference_mode()
+def _run(
+    model: EditableModel, layout: Layout, max_tokens: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Mean NLL of each pair, and whether all its tokens are the model's first choice."""
+    order, nlls, rights = [], [], []
+    for batch in length_batches(layout.lengths, max_tokens):
+        rows = as_ints(batch)
+        ids, positions, segments = (
+            torch.from_numpy(part).to(model.device) for part in layout.tokens(rows)
+        )
+        parent = segments.clamp(max=0)  # every answer continues segment 0; padding stays -1
+        hidden = model.final(
+            None,
+            first=0,
+            masks=model.masks(positions, torch.stack([segments, parent], dim=-1)),
+            position_ids=positions,
+            input_ids=ids,
+        )
+        chosen, of_row = layout.answer_tokens(rows)
+        source = of_row * ids.shape[1] + layout.columns[chosen]
+        nll, right = _project(model, hidden.flatten(0, 1), source, layout.labels[chosen])
+        order.append(layout.pairs[chosen])
+        nlls.append(nll)
+        rights.append(right)
+    # One transfer at the end: a transfer a batch would make a GPU wait.
+    pairs = np.concatenate(order)
+    nll_of_token = torch.cat(nlls).double().cpu().numpy()
+    wrong = ~torch.cat(rights).cpu().numpy()
+    counts = np.bincount(pairs, minlength=layout.num_pairs)
+    total = np.bincount(pairs, weights=nll_of_token, minlength=layout.num_pairs)
+    misses = np.bincount(pairs, weights=wrong, minlength=layout.num_pairs)
+    return total / counts, misses == 0
+
+
+def _project(
+    model: EditableModel, hidden: Tensor, source: Ints, labels: Ints
+) -> tuple[Tensor, Tensor]:
+    """NLL of each answer token, and whether it is the argmax, both (answer tokens,).
+
+    A position that predicts tokens of several answers is projected once.
+
+    Args:
+        hidden: (tokens, d) normed hidden states of a batch.
+        source: (answer tokens,) the token that predicts each, as an index into `hidden`.
+        labels: (answer tokens,) ids.
+    """
+    used, slots = np.unique(source, return_inverse=True)
+    order = np.argsort(slots, kind="stable")
+    width = torch.float64 if model.dtype == torch.float64 else torch.float32
+    step = max(1, LOGIT_BYTES // (model.vocab_size * width.itemsize))
+    bounds = np.searchsorted(slots[order], np.arange(0, len(used) + step, step))
+    nll = torch.empty(len(source), dtype=width, device=hidden.device)
+    right = torch.empty(len(source), dtype=torch.bool, device=hidden.device)
+    for number, start in enumerate(range(0, len(used), step)):
+        tokens = order[bounds[number] : bounds[number + 1]]
+        rows = torch.from_numpy(used[start : start + step]).to(hidden.device)
+        logits = model.logits(hidden[rows])
+        slot = torch.from_numpy(slots[tokens] - start).to(hidden.device)
+        label = torch.from_numpy(labels[tokens]).to(hidden.device)
+        where = torch.from_numpy(tokens).to(hidden.device)
+        likely = logits.logsumexp(-1)[slot] - logits[slot, label]
+        nll[where] = likely
+        # argmax finds something among logits that are not numbers, too.
+        right[where] = (logits.argmax(-1)[slot] == label) & likely.isfinite()
+    return nll, right
+
+
+def _judge(
+    probe: Probe,
+    pair_new: int | None,
+    pair_true: int | None,
+    nll: NDArray[np.float64],
+    right: NDArray[np.bool_],
+) -> Score:
+    nll_new = None if pair_new is None else float(nll[pair_new])
+    nll_true = None if pair_true is None else float(nll[pair_true])
+    exact_new = None if pair_new is None else bool(right[pair_new])
+    exact_true = None if pair_true is None else bool(right[pair_true])
+    return Score(
+        nll_new,
+        nll_true,
+        is_success(probe.kind, nll_new, nll_true),
+        exact(probe.kind, exact_new, exact_true),
+    )

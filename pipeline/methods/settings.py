@@ -1,0 +1,100 @@
+"""Fill the settings that a spec leaves null from published defaults, and say where they come from.
+
+In this order: the spec itself, an `editing.yaml` beside the model's weights, the table
+`defaults.yaml` of this package (matched by architecture and shape), and, for the value search only,
+the settings of the MEMIT paper.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.editing.values import ValueSettings
+from pipeline.errors import InputError
+from pipeline.spec import JobSpec, MethodSpec, ValueSpec
+
+EDITING_FILE = "editing.yaml"
+
+
+def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSpec, str]:
+    """Return the spec with every method setting decided, and the source of what it did not say.
+
+    Args:
+        spec: the spec as the user gave it; `contexts` may stay null (generated later).
+        config: the model's Hugging Face configuration.
+        model_path: directory or hub id that the model loads from.
+
+    Raises:
+        InputError: no layers are given and none are published for this model, or a layer does not
+            exist.
+    """
+    text_config = config.get_text_config()
+    published, source = _published(text_config, model_path)
+    method = _merge(spec.method, published.get("method", {}))
+    if method.layers is None or method.covariance_weight is None:
+        raise InputError(
+            f"model.path: no editing settings are published for {model_path} ({_shape(text_config)});"
+            " give method.layers and method.covariance_weight"
+        )
+    _check_layers(method, int(text_config.num_hidden_layers))
+    samples = spec.covariance.samples or published.get("covariance", {}).get("samples")
+    corpus = spec.covariance.corpus or published.get("covariance", {}).get("corpus")
+    covariance = spec.covariance.model_copy(update={"samples": samples, "corpus": corpus})
+    return spec.model_copy(update={"method": method, "covariance": covariance}), source
+
+
+def value_settings(method: MethodSpec) -> ValueSettings:
+    """The value search's settings of a resolved method."""
+    return ValueSettings(**method.value.model_dump(exclude={"loss_layer"}))
+
+
+def _published(config: Any, model_path: str) -> tuple[dict[str, Any], str]:
+    beside = Path(model_path) / EDITING_FILE
+    if beside.is_file():
+        content = yaml.safe_load(beside.read_text(encoding="utf-8"))
+        return content, f"{EDITING_FILE} beside the model: {content.get('source', 'no source given')}"
+    for entry in _table()["models"]:
+        if all(getattr(config, name, None) == value for name, value in entry["match"].items()):
+            return entry, str(entry["source"])
+    return {}, "the spec"
+
+
+def _merge(method: MethodSpec, published: dict[str, Any]) -> MethodSpec:
+    """Fill nulls: published settings first, then the paper's for the value search."""
+    general = _table()["value"]
+    value = {
+        name: own if own is not None else published.get("value", {}).get(name, general.get(name))
+        for name, own in method.value.model_dump().items()
+    }
+    filled = {
+        name: own if own is not None else published.get(name)
+        for name, own in method.model_dump(exclude={"value"}).items()
+    }
+    return MethodSpec.model_validate({**filled, "value": ValueSpec.model_validate(value)})
+
+
+def _check_layers(method: MethodSpec, num_blocks: int) -> None:
+    assert method.layers is not None
+    if method.layers[-1] >= num_blocks:
+        raise InputError(
+            f"method.layers: {method.layers[-1]} does not exist; the model has blocks 0 to"
+            f" {num_blocks - 1}"
+        )
+    if method.value.loss_layer not in (None, num_blocks - 1):
+        raise InputError(
+            f"method.value.loss_layer: {method.value.loss_layer} is not the last block"
+            f" ({num_blocks - 1}); leave it null"
+        )
+
+
+def _table() -> dict[str, Any]:
+    text = files("pipeline.methods").joinpath("defaults.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)  # type: ignore[no-any-return]
+
+
+def _shape(config: Any) -> str:
+    return (
+        f"{config.model_type}, {config.num_hidden_layers} blocks of width {config.hidden_size}"
+    )

@@ -1,0 +1,53 @@
+"""Updates on disk: one safetensors file a layer and round, under the edited parameter's name."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from pipeline.editing.update import Update
+from pipeline.errors import ResultsDamagedError
+from pipeline.results.store import RunStore
+
+
+def write_update(
+    store: RunStore,
+    *,
+    round: int,
+    layer: int,
+    weight_name: str,
+    update: Update,
+    metadata: dict[str, str],
+) -> str:
+    """Write one layer's update and list it; return the part's name.
+
+    The tensors are `<weight>.dense`, (D, F), or `<weight>.left`, (D, N), and `<weight>.right`,
+    (N, F), float32, with D the parameter's outputs and F its inputs whatever way the model stores it.
+    """
+    tensors = {f"{weight_name}.{part}": tensor for part, tensor in update.parts.items()}
+    described = {**metadata, "weight": weight_name, "layer": str(layer), "round": str(round)}
+    return store.write_update(tensors, round=round, layer=layer, metadata=described)
+
+
+def read_update(path: Path) -> tuple[int, Update, dict[str, str]]:
+    """Read one update file.
+
+    Returns:
+        The layer, the update, and the file's metadata (weight, layer, round, fingerprint, ...).
+
+    Raises:
+        ResultsDamagedError: the file is not an update of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weight, layer = metadata["weight"], int(metadata["layer"])
+    except (OSError, KeyError, ValueError) as error:
+        raise ResultsDamagedError(f"{path} is not an update file: {error}") from error
+    named = {name.removeprefix(f"{weight}."): tensor for name, tensor in parts.items()}
+    if set(named) not in ({"dense"}, {"left", "right"}):
+        raise ResultsDamagedError(f"{path} holds unexpected tensors: {', '.join(sorted(parts))}")
+    if any(tensor.dtype != torch.float32 for tensor in named.values()):
+        raise ResultsDamagedError(f"{path} holds tensors that are not float32")
+    return layer, Update(named), metadata
