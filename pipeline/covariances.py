@@ -86,8 +86,15 @@ def default_directory(identity: CovarianceIdentity, model_name: str) -> Path:
     """The place in the user's cache for covariances of this identity.
 
     The cache is `$EDITFLEET_CACHE`, else `$XDG_CACHE_HOME/editfleet`, else `~/.cache/editfleet`.
+
+    Raises:
+        InputError: the identity has no corpus, so that nothing says which covariances are meant.
     """
-    assert identity.corpus_digest is not None
+    if identity.corpus_digest is None:
+        raise InputError(
+            "covariance: neither corpus nor path is set; give covariance.corpus to compute "
+            "covariances, or covariance.path to where they are"
+        )
     own, shared = os.environ.get("EDITFLEET_CACHE"), os.environ.get("XDG_CACHE_HOME")
     cache = Path(own) if own else Path(shared or "~/.cache") / "editfleet"
     name = re.sub(r"[^\w.-]+", "-", model_name)

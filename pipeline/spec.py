@@ -136,8 +136,9 @@ class ClusterSpec(_Part):
     """GPUs a worker has; `auto` is 1 where the cluster has GPUs, else 0."""
     reducer_threads: Positive = 2
     """Compute threads of the reducer. Part of the result's last bits, so it is not guessed."""
-    shard_size: Positive = 128
-    """Requests a shard. Part of the result's last bits, so it does not follow the worker count."""
+    shard_size: Positive | Literal["auto"] = "auto"
+    """Requests a shard; `auto` makes about 64 shards of 16 to 256 requests. Part of the result's last
+    bits, so it does not follow the worker count."""
     value_batch_size: Positive = 64
     """Edits searched at once inside a worker; halved on running out of memory."""
     hidden_states_gb: Annotated[Finite, Field(ge=0)] = 1.0

@@ -264,6 +264,11 @@ def test_default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_directory(IDENTITY, "../a b").name == f"..-a-b-{IDENTITY.key()}"
 
 
+def test_no_default_directory_without_a_corpus() -> None:
+    with pytest.raises(InputError, match="neither corpus nor path is set; give covariance"):
+        default_directory(NO_CORPUS, "gpt-j-6b")
+
+
 def test_keys_tell_apart_what_differs() -> None:
     identities = [replace(IDENTITY, **{name: new}) for name, new in CHANGES.items()]  # type: ignore[arg-type]
     keys = {identity.key() for identity in [IDENTITY, *identities]}

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +26,8 @@ from pipeline.spec import JobSpec
 _FACTWORLD_REQUESTS = 200
 # Room for special tokens, the context's full stop and the space before a target.
 _MARGIN = 8
+# Enough shards to keep workers of unlike speed busy to the end, none too small for a batch.
+_SHARDS, _SMALLEST_SHARD, _LARGEST_SHARD = 64, 16, 256
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> P
     return Plan(spec, source, rows, cut_shards(accepted, spec.cluster.shard_size))
 
 
-def cut_shards(requests: Sequence[EditRequest], size: int) -> list[Shard]:
+def cut_shards(requests: Sequence[EditRequest], size: int | Literal["auto"]) -> list[Shard]:
     """Cut requests into consecutive shards of at most `size`."""
+    if size == "auto":
+        size = min(max(-(-len(requests) // _SHARDS), _SMALLEST_SHARD), _LARGEST_SHARD)
     return [
         Shard(index, tuple(requests[start : start + size]))
         for index, start in enumerate(range(0, len(requests), size))

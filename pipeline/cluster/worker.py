@@ -24,7 +24,12 @@ from pipeline.evaluation.generation import generate
 from pipeline.evaluation.scoring import score
 from pipeline.methods import build_method
 from pipeline.models.editable import EditableModel, resolve_device
-from pipeline.models.loading import fingerprint, load_model, load_tokenizer
+from pipeline.models.loading import (
+    fingerprint,
+    fuse_activations,
+    load_model,
+    load_tokenizer,
+)
 from pipeline.prompts import generate_contexts, tokenize_edits
 from pipeline.requests import EditRequest
 from pipeline.results.schemas import conform
@@ -65,10 +70,12 @@ class EditWorker:
         device, self._device_reason = resolve_device()
         self.spec = spec
         self.tokenizer = load_tokenizer(spec.model)
-        self.model = EditableModel(load_model(spec.model, device))
+        model = load_model(spec.model, device)
+        self._fingerprint = fingerprint(model)
+        fuse_activations(model)
+        self.model = EditableModel(model)
         self.method = build_method(spec.method)
         self.contexts = tuple(spec.method.contexts or ())
-        self._fingerprint = fingerprint(self.model.model)
         self.weights = EditedWeights(self.model, self.method.layers)
         self._waves: dict[int, KeyWave] = {}
         self._max_tokens = _TOKENS_PER_BATCH[device.type]

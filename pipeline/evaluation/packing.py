@@ -60,6 +60,11 @@ class EncodedProbes:
 
 
 def encode_probes(tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> EncodedProbes:
+    """Tokenise probes, prompts and answers in one batch each.
+
+    Raises:
+        InputError: a prompt or an answer has no token.
+    """
     texts = list(dict.fromkeys(probe.prompt for probe in probes))
     number = {text: i for i, text in enumerate(texts)}
     prompts = tokenizer(texts, return_attention_mask=False)["input_ids"]
@@ -139,11 +144,8 @@ class Layout:
                 starts.append(len(ids))
                 label_starts.append(len(labels))
         self.num_pairs = pair
-        self.ids, self.positions, self.segments = (
-            as_ints(ids),
-            as_ints(positions),
-            as_ints(segments),
-        )
+        self.ids, self.positions = as_ints(ids), as_ints(positions)
+        self.segments = as_ints(segments)
         self.columns, self.labels, self.pairs = as_ints(columns), as_ints(labels), as_ints(pairs)
         self.starts, self.label_starts = as_ints(starts), as_ints(label_starts)
 
@@ -186,4 +188,5 @@ def _groups(answers: list[tuple[int, ...]], limit: int) -> Iterator[list[tuple[i
 
 
 def as_ints(values: Sequence[int]) -> Ints:
+    """Integers as an int64 array, an empty one included."""
     return np.array(values, dtype=np.int64)

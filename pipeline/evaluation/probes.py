@@ -1,4 +1,4 @@
-"""The questions that judge an edit: prompts, each with the answers whose probability is measured."""
+"""The questions that judge an edit: prompts, each with the answers to measure behind it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

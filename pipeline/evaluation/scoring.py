@@ -1,7 +1,7 @@
 """Likelihoods of answers behind prompts, for many probes at once.
 
-Prompts are shared between their answers (see `pipeline.evaluation.packing`), rows of like length are
-batched, and only positions that predict an answer are projected onto the vocabulary.
+Prompts are shared between their answers (see `pipeline.evaluation.packing`), rows of like length
+are batched, and only positions that predict an answer are projected onto the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -58,8 +58,8 @@ def score(
     """Score probes, in their order.
 
     Each distinct pair of a prompt and an answer is scored once. The answer's ids follow the
-    prompt's ids; text is never joined and segmented again. Logits are float32 (float64 for a float64
-    model).
+    prompt's ids; text is never joined and segmented again. Logits are float32 (float64 for a
+    float64 model).
 
     Args:
         max_tokens: tokens of a batch at most, padding counted; a longer row is a batch of its own.
@@ -81,7 +81,7 @@ def score(
 
 
 def probe_lengths(tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> list[int]:
-    """Positions that each probe needs: its prompt's tokens and all but the last of its longer answer's.
+    """Positions that each probe needs: its prompt's tokens and its longer answer's but the last.
 
     Raises:
         InputError: a prompt or an answer has no token.

@@ -15,6 +15,8 @@ _NAMES = {
 }
 _MOST_PROBLEMS = 20
 
+_Score = dict[str, float]
+
 
 def summary_tables(summary: dict[str, Any]) -> RenderableType:
     """Scores before and after with 95 % intervals, what became of the requests, and the seconds."""
@@ -42,24 +44,27 @@ def problem_lines(edits: list[dict[str, Any]]) -> list[str]:
 
 def _scores(summary: dict[str, Any]) -> Table:
     rounds = summary["evaluation"]["rounds"]
-    table = Table(title=f"{summary['name']} (per cent, 95 % interval)", title_justify="left")
-    table.add_column("probe")
-    for entry in rounds:
-        name = "before" if entry["round"] < 0 else "after"
-        table.add_column(f"{name}: success", justify="right")
-        table.add_column(f"{name}: exact", justify="right")
+    table = Table(title=f"{summary['name']}: per cent [95 % interval]", title_justify="left")
+    for column in ("probe", "model"):
+        table.add_column(column)
+    for column in ("success", "exact"):
+        table.add_column(column, justify="right")
     for score, kind in SCORES.items():
-        cells = [
-            cell
-            for entry in rounds
-            for cell in (_cell(entry[score]), _cell(_exact(entry, kind)))
-        ]
-        table.add_row(_NAMES[score], *cells)
-    combined = [cell for entry in rounds for cell in (_cell(entry["S"]), "")]
-    table.add_row("harmonic mean (S)", *combined)
+        _add_rows(table, _NAMES[score], [(e, e[score], _exact(e, kind)) for e in rounds])
+    _add_rows(table, "harmonic mean (S)", [(e, e["S"], None) for e in rounds])
     for kind in _other_kinds(rounds):
-        table.add_row(kind, *(c for e in rounds for c in ("", _cell(_exact(e, kind)))))
+        _add_rows(table, kind, [(e, None, _exact(e, kind)) for e in rounds])
     return table
+
+
+def _add_rows(
+    table: Table, name: str, entries: list[tuple[dict[str, Any], _Score | None, _Score | None]]
+) -> None:
+    """One line before the edits and one after, closed by a rule."""
+    for number, (entry, success, exact) in enumerate(entries):
+        model = "unedited" if entry["round"] < 0 else "edited"
+        table.add_row("" if number else name, model, _cell(success), _cell(exact))
+    table.add_section()
 
 
 def _other_kinds(rounds: list[dict[str, Any]]) -> list[str]:
@@ -67,14 +72,14 @@ def _other_kinds(rounds: list[dict[str, Any]]) -> list[str]:
     return [kind for kind in kinds if kind not in SCORES.values()]
 
 
-def _exact(entry: dict[str, Any], kind: str) -> dict[str, float] | None:
+def _exact(entry: dict[str, Any], kind: str) -> _Score | None:
     probe = entry["probes"].get(kind)
     return None if probe is None else probe["exact"]
 
 
-def _cell(score: dict[str, float] | None) -> str:
+def _cell(score: _Score | None) -> str:
     if score is None:
-        return "-"
+        return ""
     return f"{score['score']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
 
 

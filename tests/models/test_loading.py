@@ -124,7 +124,7 @@ def test_a_models_own_code_is_not_run(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_offsets_is_refused(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
-    settings = {"tokenizer_class": "CanineTokenizer"}  # a tokenizer of characters, in Python only
+    settings = {"tokenizer_class": "ByT5Tokenizer"}  # bytes, in Python only
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(InputError) as caught:
         load_tokenizer(ModelSpec(path=str(tmp_path)))
