@@ -44,8 +44,8 @@ def apply_updates(model: PreTrainedModel, run: str | Path) -> AppliedUpdates:
     found, expected = fingerprint(model), opened.manifest["model"]["fingerprint"]
     if found != expected:
         raise FingerprintMismatchError(
-            f"{run}: its updates were made for a model with fingerprint {expected[:12]}..., this one"
-            f" has {found[:12]}...; load the unedited {opened.manifest['model']['path']!r}"
+            f"{run}: its updates were made for the model with fingerprint {expected[:12]}, this one"
+            f" has {found[:12]}; load the unedited {opened.manifest['model']['path']!r}"
         )
     editable = EditableModel(model)
     updates = [read_update(path)[:2] for path in opened.updates()]
@@ -56,9 +56,7 @@ def apply_updates(model: PreTrainedModel, run: str | Path) -> AppliedUpdates:
     return AppliedUpdates(model, weights)
 
 
-def _check_shapes(
-    model: EditableModel, updates: list[tuple[int, Update]], run: str | Path
-) -> None:
+def _check_shapes(model: EditableModel, updates: list[tuple[int, Update]], run: str | Path) -> None:
     for layer, update in updates:
         has, wants = tuple(update.matrix().shape), tuple(model.oriented_weight(layer).shape)
         if has != wants:

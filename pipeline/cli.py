@@ -62,7 +62,9 @@ def edit(
 def quickstart(overrides: Overrides = None) -> None:
     """Run the main job on the embedded model: 200 facts, two workers, about a minute."""
     settings = ["name=quickstart", "requests.limit=200", "cluster.workers=2"]
-    _edit(load_spec(None, [*settings, f"output.path={_fresh_path('quickstart')}", *(overrides or [])]))
+    _edit(
+        load_spec(None, [*settings, f"output.path={_fresh_path('quickstart')}", *(overrides or [])])
+    )
 
 
 @app.command()

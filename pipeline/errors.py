@@ -22,7 +22,7 @@ class ResultsDamagedError(EditfleetError):
 
 
 class WeightVersionMismatchError(EditfleetError):
-    """A worker holds another number of updates than the caller expects (architecture.md, rule 1)."""
+    """A worker holds another number of updates than the caller expects."""
 
 
 class JobFailedError(EditfleetError):

@@ -66,7 +66,11 @@ def tokenize_edits(
     targets = encode_targets(tokenizer, [request.target_new for request in requests])
     width = len(contexts) + 1
     return [
-        EditPrompts(tuple(rows[i * width : i * width + len(contexts)]), target, rows[i * width + len(contexts)])
+        EditPrompts(
+            tuple(rows[i * width : i * width + len(contexts)]),
+            target,
+            rows[i * width + len(contexts)],
+        )
         for i, target in enumerate(targets)
     ]
 
@@ -83,9 +87,7 @@ def encode_targets(
     return [tuple(ids) for ids in encoded]
 
 
-def lookup_token(
-    offsets: Sequence[tuple[int, int]], span: tuple[int, int], text: str
-) -> int:
+def lookup_token(offsets: Sequence[tuple[int, int]], span: tuple[int, int], text: str) -> int:
     """Index of the last token whose characters intersect the subject's characters.
 
     Raises:
@@ -122,7 +124,7 @@ def generate_contexts(
                 max_length=CONTEXT_TOKENS,
                 pad_token_id=pad_token_id(tokenizer),
             )
-            texts.append(tokenizer.decode(ids[0], skip_special_tokens=True))
+            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     cleaned = (" ".join(text.replace("{", " ").replace("}", " ").split()) for text in texts)
     return ("{}", *(f"{text.rstrip('.')}. {{}}" for text in cleaned))
 

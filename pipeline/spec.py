@@ -137,10 +137,11 @@ class ClusterSpec(_Part):
     reducer_threads: Positive = 2
     """Compute threads of the reducer. Part of the result's last bits, so it is not guessed."""
     shard_size: Positive | Literal["auto"] = "auto"
-    """Requests a shard; `auto` makes about 64 shards of 16 to 256 requests. Part of the result's last
-    bits, so it does not follow the worker count."""
-    value_batch_size: Positive = 64
-    """Edits searched at once inside a worker; halved on running out of memory."""
+    """Requests a shard; `auto` makes about 64 shards of 16 to 256 requests. Part of the result's
+    last bits, so it does not follow the worker count."""
+    value_batch_size: Positive | Literal["auto"] = "auto"
+    """Edits searched at once inside a worker; halved on running out of memory. `auto` is 16 on a
+    processor, where activations should stay in its cache, and 256 on a GPU."""
     hidden_states_gb: Annotated[Finite, Field(ge=0)] = 1.0
     """Gigabytes of hidden states that a worker keeps between layers; beyond it they are computed
     again, to the same bits."""
@@ -156,7 +157,7 @@ class EvaluationSpec(_Part):
     probes: tuple[Probe, ...] = ("rewrite", "paraphrase", "neighborhood")
     """Kinds of probe; an empty list skips the evaluation."""
     generate: bool = False
-    """Also generate greedily from every rewrite and paraphrase probe, without the target in the input."""
+    """Also generate greedily from every rewrite and paraphrase probe, without the target in it."""
     generate_tokens: Positive = 12
     """Tokens to generate at most."""
     baseline: bool = True

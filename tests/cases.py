@@ -20,7 +20,7 @@ from pipeline.models.editable import EditableModel
 from pipeline.prompts import EditPrompts, tokenize_edits
 from pipeline.requests import EditRequest
 from tests import families
-from tests.oracles.memit import Edit
+from tests.oracles.memit import Edit, Value, compute_value
 
 ALL_FAMILIES = [*families.FAMILIES, "gemma3"]
 """The table of tiny models, and Gemma 3 as it is released: a text model inside a multimodal one."""
@@ -38,13 +38,15 @@ EDITS = [
 ]
 
 SETTINGS: dict[str, Any] = {
-    "steps": 5,
+    "steps": 4,
     "learning_rate": 0.5,
     "weight_decay": 0.5,
     "kl_weight": 0.0625,
     "clamp_norm": 0.75,
     "stop_loss": 0.05,
 }
+
+THREE = [EDITS[1], EDITS[2], EDITS[4]]  # subjects at the start, in quotes, inside
 
 
 class Case(NamedTuple):
@@ -72,7 +74,9 @@ class Case(NamedTuple):
 
 def requests(edits: list[Edit]) -> list[EditRequest]:
     return [
-        EditRequest(case_id=str(i), prompt=edit.prompt, subject=edit.subject, target_new=edit.target_new)
+        EditRequest(
+            case_id=str(i), prompt=edit.prompt, subject=edit.subject, target_new=edit.target_new
+        )
         for i, edit in enumerate(edits)
     ]
 
@@ -92,15 +96,21 @@ def fresh(family: str, dtype: torch.dtype = torch.float64) -> Case:
     """A model of the caller's own."""
     model = _build_gemma3(dtype) if family == "gemma3" else families.build(family, dtype)
     editable = EditableModel(model)
-    text_family = "gemma3_text" if family == "gemma3" else family
-    text_model = model.model.language_model if family == "gemma3" else model
     if family == "gemma3":
-        blocks = list(text_model.layers)
+        blocks = list(model.model.language_model.layers)
         downs: list[nn.Module] = [block.mlp.down_proj for block in blocks]
     else:
-        blocks, downs = families.modules(model, text_family)
+        blocks, downs = families.modules(model, family)
     begins = "llama" in family or "gemma" in family
     return Case(family, model, editable, tokenizer(begins), blocks, downs)
+
+
+@cache
+def oracle_values(family: str, layer: int) -> list[tuple[Tensor, Value]]:
+    """The plain search's values of the three edits, in float64."""
+    tiny = case(family)
+    parts = tiny.model, tiny.tokenizer, tiny.blocks, layer
+    return [compute_value(*parts, edit, CONTEXTS, **SETTINGS) for edit in THREE]
 
 
 def token_rows(count: int = 40, seed: int = 0) -> list[list[int]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import Replace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -142,8 +143,6 @@ def test_targets_continue_the_prompt(bos: bool) -> None:
 
 def test_a_target_without_a_token_is_refused() -> None:
     blind = tokenizer(False).backend_tokenizer.from_str(tokenizer(False).backend_tokenizer.to_str())
-    from tokenizers.normalizers import Replace
-
     blind.normalizer = Replace(" x", "")
     tokens = PreTrainedTokenizerFast(tokenizer_object=blind)
     with pytest.raises(InputError, match="target 'x' has no token"):

@@ -72,17 +72,19 @@ def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> P
         rows = [_within_context(row, tokenizer, int(limit), spec) for row in rows]
     accepted = [row.request for row in rows if row.request is not None]
     if not accepted:
-        raise InputError(f"no request can be edited; {rows[0].reason if rows else 'none was given'}")
+        raise InputError(
+            f"no request can be edited; {rows[0].reason if rows else 'none was given'}"
+        )
     return Plan(spec, source, rows, cut_shards(accepted, spec.cluster.shard_size))
 
 
 def cut_shards(requests: Sequence[EditRequest], size: int | Literal["auto"]) -> list[Shard]:
     """Cut requests into consecutive shards of at most `size`."""
-    if size == "auto":
-        size = min(max(-(-len(requests) // _SHARDS), _SMALLEST_SHARD), _LARGEST_SHARD)
+    automatic = min(max(-(-len(requests) // _SHARDS), _SMALLEST_SHARD), _LARGEST_SHARD)
+    step = automatic if size == "auto" else size
     return [
-        Shard(index, tuple(requests[start : start + size]))
-        for index, start in enumerate(range(0, len(requests), size))
+        Shard(index, tuple(requests[start : start + step]))
+        for index, start in enumerate(range(0, len(requests), step))
     ]
 
 
@@ -121,8 +123,8 @@ def _within_context(
         tokens = len(tokenizer(text)["input_ids"]) + _MARGIN
         if tokens > limit:
             reason = (
-                f"{row.source}: row {row.row}, field {field}: about {tokens} tokens with context and"
-                f" target, the model takes {limit}; shorten it"
+                f"{row.source}: row {row.row}, field {field}: about {tokens} tokens with"
+                f" context and target, the model takes {limit}; shorten it"
             )
             return replace(row, request=None, status="rejected", reason=reason)
     return row

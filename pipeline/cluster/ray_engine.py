@@ -36,7 +36,7 @@ _LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
 
 
 class RayEngine:
-    """Workers and reducer as actors, restarted by us and never by Ray (architecture.md, rule 1).
+    """Workers and reducer as actors, restarted by us and never by Ray (docs/design.md).
 
     Args:
         spec: the resolved spec.
@@ -109,7 +109,9 @@ class RayEngine:
             ray.shutdown()
 
     def _new_worker(self) -> Any:
-        actor = ray.remote(EditWorker).options(max_restarts=0, max_task_retries=0, **self._actor_options)
+        actor = ray.remote(EditWorker).options(
+            max_restarts=0, max_task_retries=0, **self._actor_options
+        )
         return actor.remote(self.spec, self.spec.cluster.cpus_per_worker)
 
     def _new_reducer(self) -> Any:
@@ -171,7 +173,7 @@ def _connect(cluster: ClusterSpec) -> None:
     if ray.is_initialized():
         return
     # Workers do not inherit the driver's ways of finding packages otherwise; nothing is uploaded.
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if cluster.address is not None:
         try:
             ray.init(address=cluster.address, **quiet)
@@ -216,5 +218,3 @@ def _num_workers(cluster: ClusterSpec, gpus: float) -> int:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-

@@ -63,9 +63,7 @@ def begin_run(
     )
 
 
-def edit_rows(
-    rows: list[RequestRow], failures: dict[str, str], round: int
-) -> list[dict[str, Any]]:
+def edit_rows(rows: list[RequestRow], failures: dict[str, str], round: int) -> list[dict[str, Any]]:
     """One row of edits/ for every request that was read."""
     return [_edit_row(row, failures, round) for row in rows]
 

@@ -222,4 +222,6 @@ class _Batch:
 
 
 def _rows(kind: str, outcome: Outcome) -> pa.Table:
-    return pa.concat_tables([SCHEMAS[kind].empty_table(), *(piece.result for piece in outcome.done)])
+    return pa.concat_tables(
+        [SCHEMAS[kind].empty_table(), *(piece.result for piece in outcome.done)]
+    )

@@ -1,8 +1,8 @@
 """The scheduler: shards to workers, dynamically, with versions, retries and blame.
 
 One loop serves every phase. A shard lost with its worker is tried again; a shard on which our code
-fails is split until the guilty request is alone, which then fails with its reason (architecture.md,
-rules 1 to 3 of the cluster layer).
+fails is split until the guilty request is alone, which then fails with its reason.
+See docs/design.md, "Weights and versions".
 """
 
 import logging
@@ -182,7 +182,9 @@ class Scheduler:
                 "%s: nothing finished for %.0f s; still out: %s",
                 method,
                 time.monotonic() - since,
-                ", ".join(f"shard {p.shard.index} on worker {c.worker}" for c, p in under_way.items()),
+                ", ".join(
+                    f"shard {p.shard.index} on worker {c.worker}" for c, p in under_way.items()
+                ),
             )
 
     def _settle(

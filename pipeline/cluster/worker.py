@@ -38,6 +38,7 @@ from pipeline.spec import JobSpec
 # Tokens in one forward pass without gradients: enough to keep a processor's or a card's matrix
 # units busy, few enough to stay small beside the model.
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+_EDITS_PER_BATCH = {"cpu": 16, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class EditWorker:
         self.weights = EditedWeights(self.model, self.method.layers)
         self._waves: dict[int, KeyWave] = {}
         self._max_tokens = _TOKENS_PER_BATCH[device.type]
+        asked = spec.cluster.value_batch_size
+        self._edits_per_batch = _EDITS_PER_BATCH[device.type] if asked == "auto" else asked
 
     def describe(self) -> WorkerDescription:
         """Report model, device and shapes."""
@@ -104,7 +107,7 @@ class EditWorker:
         self.contexts = tuple(contexts)
 
     def covariance(self, texts: Sequence[str], max_tokens: int | None) -> GramSums:
-        """Sum k k^T over the tokens of some texts, for every edited layer, on the unedited model."""
+        """Sum k k^T over the tokens of some texts for every edited layer of the unedited model."""
         self._require(0)
         limit = min(n for n in (max_tokens, self.model.max_positions, 1 << 20) if n is not None)
         rows = [ids[:limit] for ids in self.tokenizer(list(texts))["input_ids"]]
@@ -116,9 +119,7 @@ class EditWorker:
         self._require(version)
         start = time.perf_counter()
         edits = tokenize_edits(self.tokenizer, requests, self.contexts)
-        found = self.method.find_values(
-            self.model, edits, self.spec.cluster.value_batch_size
-        )
+        found = self.method.find_values(self.model, edits, self._edits_per_batch)
         seconds = (time.perf_counter() - start) / max(1, len(found))
         layer = self.method.layers[-1]
         pairs = zip(requests, found, strict=True)

@@ -37,7 +37,7 @@ def gram_sums(
     rows: Sequence[Sequence[int]],
     max_tokens: int,
 ) -> GramSums:
-    """Sum k k^T over all tokens of the rows, for every layer, in one pass that ends at the last one.
+    """Sum k k^T over all tokens of the rows, for all layers in one pass that ends at the last.
 
     Products are taken in the model's dtype or float32, whichever is wider, batch by batch, and
     added up in float64.
@@ -49,7 +49,9 @@ def gram_sums(
     """
     device = model.device
     sums = {
-        layer: torch.zeros((size := model.key_size(layer)), size, dtype=torch.float64, device=device)
+        layer: torch.zeros(
+            (size := model.key_size(layer)), size, dtype=torch.float64, device=device
+        )
         for layer in layers
     }
     tokens = 0
@@ -60,9 +62,7 @@ def gram_sums(
     return GramSums({layer: gram.cpu() for layer, gram in sums.items()}, tokens)
 
 
-def _keys_of(
-    model: EditableModel, layers: Sequence[int], batch: TokenBatch
-) -> dict[int, Tensor]:
+def _keys_of(model: EditableModel, layers: Sequence[int], batch: TokenBatch) -> dict[int, Tensor]:
     """Layer -> (real tokens, f) keys of one batch, float32 or wider."""
     with ExitStack() as stack:
         seen = {
@@ -78,6 +78,4 @@ def _keys_of(
         )
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     real = batch.real.flatten()
-    return {
-        layer: keys[0].reshape(len(real), -1)[real].to(wide) for layer, keys in seen.items()
-    }
+    return {layer: keys[0].reshape(len(real), -1)[real].to(wide) for layer, keys in seen.items()}

@@ -131,9 +131,7 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _packs(
-    model: EditableModel, rows: Sequence[Sequence[int]], max_tokens: int
-) -> list[_Pack]:
+def _packs(model: EditableModel, rows: Sequence[Sequence[int]], max_tokens: int) -> list[_Pack]:
     return [_Pack(batch) for batch in token_batches(model, rows, max_tokens)]
 
 

@@ -51,7 +51,9 @@ def factorise(matrix: Tensor) -> Factor:
         if int(info) == 0:
             return Factor(lower, ridge)
         ridge = scale * _FIRST_RIDGE * _RIDGE_STEP**attempt
-    raise ValueError(f"the normal equations are not positive definite, even with a ridge of {ridge:.3g}")
+    raise ValueError(
+        f"the normal equations are not positive definite, even with a ridge of {ridge:.3g}"
+    )
 
 
 def solve_update(
@@ -74,17 +76,13 @@ def solve_update(
     return factor.solve(cross_DF.T).T, factor.ridge
 
 
-def solve_update_from_keys(
-    keys_NF: Tensor, residuals_ND: Tensor, factor: Factor
-) -> Tensor:
+def solve_update_from_keys(keys_NF: Tensor, residuals_ND: Tensor, factor: Factor) -> Tensor:
     """The same update, (D, F) float64, from the keys themselves and a factor of lambda C."""
     left, right = update_factors(keys_NF, residuals_ND, factor)
     return left @ right
 
 
-def update_factors(
-    keys_NF: Tensor, residuals_ND: Tensor, factor: Factor
-) -> tuple[Tensor, Tensor]:
+def update_factors(keys_NF: Tensor, residuals_ND: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
     """The same update as two factors of rank N, for N well below F.
 
     With G = (lambda C)^-1 K^T the push-through identity gives R (I + K G)^-1 G^T, so that only an

@@ -77,9 +77,7 @@ class _RowPlan:
     lookup: int
 
 
-def encode_suffixes(
-    model: EditableModel, edits: Sequence[EditPrompts], layer: int
-) -> SuffixBatch:
+def encode_suffixes(model: EditableModel, edits: Sequence[EditPrompts], layer: int) -> SuffixBatch:
     """Run what does not change during the search: blocks 0..L, and the prefixes above L."""
     plans = [_rows_of(edit) for edit in edits]
     rows = [row for plan in plans for row in plan]
@@ -126,7 +124,7 @@ def _rows_of(edit: EditPrompts) -> list[_RowPlan]:
 def _record_prefixes(
     model: EditableModel, hidden: Tensor, rows: Sequence[_RowPlan], layer: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Attention keys and values above L of the tokens before each lookup: (R, heads, T, head size)."""
+    """Attention keys and values above L of what precedes each lookup: (R, heads, T, head size)."""
     cache = RecordingCache()
     # A row without a prefix records one token that nothing reads, so that no tensor is empty.
     batch = make_batch(model, [(0,) * max(1, row.lookup) for row in rows], range(len(rows)))
@@ -159,7 +157,9 @@ class _Layout:
         suffix, prefix, starts = [], [], []
         first_row = 0
         for plan in plans:
-            suffix_tokens, prefix_tokens, row_starts = [], [], []
+            suffix_tokens: list[tuple[int, int, int]] = []
+            prefix_tokens: list[tuple[int, int, int]] = []
+            row_starts: list[int] = []
             for number, row in enumerate(plan):
                 source = first_row + number
                 row_starts.append(len(suffix_tokens))

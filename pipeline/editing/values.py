@@ -151,7 +151,7 @@ class _Search:
             with torch.set_grad_enabled(not is_last):
                 delta = self.delta.detach().requires_grad_(not is_last)
                 loss, probability = self._losses(delta)
-            gradient = None if is_last else torch.autograd.grad(loss.sum(), delta)[0]
+                gradient = None if is_last else torch.autograd.grad(loss.sum(), delta)[0]
             self._record(loss.detach(), probability.detach(), step)
             if gradient is None:
                 return

@@ -65,10 +65,10 @@ def _continue(model: EditableModel, rows: Sequence[Sequence[int]], pad_id: int) 
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    whole = model.model.generate(  # type: ignore[operator]
+    whole = model.model.generate(
         input_ids=ids.to(model.device), attention_mask=real.to(model.device)
     )
-    return whole[:, width:].tolist()  # type: ignore[no-any-return]
+    return whole[:, width:].tolist()
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

@@ -151,7 +151,7 @@ class Layout:
 
     @property
     def lengths(self) -> list[int]:
-        return np.diff(self.starts).tolist()  # type: ignore[no-any-return]
+        return np.diff(self.starts).tolist()
 
     def tokens(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
         """Ids, positions and segments of some rows, (rows, longest) each; segment -1 at padding."""

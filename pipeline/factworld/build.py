@@ -11,11 +11,10 @@ import yaml
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pipeline.errors import JobFailedError
+from pipeline.factworld.packing import batches, encode_facts
 from pipeline.factworld.recall import recall
 from pipeline.factworld.train import (
     Shape,
-    batches,
-    encode_facts,
     new_model,
     train,
     train_tokenizer,
@@ -116,7 +115,7 @@ def _train(
 ) -> None:
     data = batches(encode_facts(world, tokenizer), tokenizer, seed)
     start = time.monotonic()
-    for step, loss in train(model, data, steps=steps):
+    for step, loss in train(model, data, world, steps=steps):
         if step % REPORT_EVERY == 0 or step == steps:
             elapsed = time.monotonic() - start
             left = elapsed / step * (steps - step)

@@ -54,6 +54,11 @@ class World:
         for fact in self.facts:
             self._groups.setdefault((fact.relation_id, fact.object), []).append(fact)
 
+    @property
+    def subjects(self) -> list[str]:
+        """All subjects, in the order of their first fact."""
+        return list(dict.fromkeys(fact.subject for fact in self.facts))
+
     def group(self, relation_id: str, object_: str) -> list[Fact]:
         """Return the facts of one relation with one object, in the order of their case ids."""
         return self._groups.get((relation_id, object_), [])

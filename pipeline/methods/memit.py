@@ -78,9 +78,7 @@ class ManyEdits:
         """
         if self.cross_DF is None:
             raise ValueError("no edit reached this layer")
-        matrix, ridge = solve_update(
-            self.gram_FF, self.cross_DF, self.covariance_FF, self.weight
-        )
+        matrix, ridge = solve_update(self.gram_FF, self.cross_DF, self.covariance_FF, self.weight)
         return Update.of(matrix, ridge=ridge)
 
 
@@ -105,9 +103,7 @@ class FewEdits:
         """
         if not self.keys:
             raise ValueError("no edit reached this layer")
-        left, right = update_factors(
-            torch.cat(self.keys), torch.cat(self.residuals), self.factor
-        )
+        left, right = update_factors(torch.cat(self.keys), torch.cat(self.residuals), self.factor)
         return Update.of(left, right, self.factor.ridge)
 
 

@@ -35,8 +35,8 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     method = _merge(spec.method, published.get("method", {}))
     if method.layers is None or method.covariance_weight is None:
         raise InputError(
-            f"model.path: no editing settings are published for {model_path} ({_shape(text_config)});"
-            " give method.layers and method.covariance_weight"
+            f"model.path: no editing settings are published for {model_path}"
+            f" ({_shape(text_config)}); give method.layers and method.covariance_weight"
         )
     _check_layers(method, int(text_config.num_hidden_layers))
     samples = spec.covariance.samples or published.get("covariance", {}).get("samples")
@@ -54,7 +54,10 @@ def _published(config: Any, model_path: str) -> tuple[dict[str, Any], str]:
     beside = Path(model_path) / EDITING_FILE
     if beside.is_file():
         content = yaml.safe_load(beside.read_text(encoding="utf-8"))
-        return content, f"{EDITING_FILE} beside the model: {content.get('source', 'no source given')}"
+        return (
+            content,
+            f"{EDITING_FILE} beside the model: {content.get('source', 'no source given')}",
+        )
     for entry in _table()["models"]:
         if all(getattr(config, name, None) == value for name, value in entry["match"].items()):
             return entry, str(entry["source"])
@@ -91,10 +94,8 @@ def _check_layers(method: MethodSpec, num_blocks: int) -> None:
 
 def _table() -> dict[str, Any]:
     text = files("pipeline.methods").joinpath("defaults.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)  # type: ignore[no-any-return]
+    return yaml.safe_load(text)
 
 
 def _shape(config: Any) -> str:
-    return (
-        f"{config.model_type}, {config.num_hidden_layers} blocks of width {config.hidden_size}"
-    )
+    return f"{config.model_type}, {config.num_hidden_layers} blocks of width {config.hidden_size}"

@@ -21,9 +21,9 @@ class Family:
         base: path from the causal LM to the module whose forward runs blocks and final norm.
         blocks: path from the causal LM to the list of decoder blocks.
         attention: path inside a block to its self-attention.
-        down_projection: path inside a block to the last linear map of its MLP; its input is the key.
+        down_projection: path inside a block to its MLP's last linear map, whose input is the key.
         mlp: path inside a block to the module around the down-projection, None if there is none.
-        masks_by_layer_type: the base takes a dict of 4D masks, one a layer type, instead of one mask.
+        masks_by_layer_type: the base takes a dict of 4D masks, one a layer type, not one mask.
     """
 
     base: str
@@ -40,9 +40,7 @@ _QWEN = Family("model", "model.layers", "self_attn", "mlp.down_proj", "mlp", Tru
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("transformer", "transformer.h", "attn", "mlp.c_proj", "mlp"),
     "gptj": Family("transformer", "transformer.h", "attn", "mlp.fc_out", "mlp"),
-    "gpt_neox": Family(
-        "gpt_neox", "gpt_neox.layers", "attention", "mlp.dense_4h_to_h", "mlp"
-    ),
+    "gpt_neox": Family("gpt_neox", "gpt_neox.layers", "attention", "mlp.dense_4h_to_h", "mlp"),
     "opt": Family("model", "model.decoder.layers", "self_attn", "fc2", None),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -81,7 +79,7 @@ def family_of(model: PreTrainedModel) -> Family:
         model.get_submodule(family.base)
         block.get_submodule(family.attention)
         down_projection = block.get_submodule(family.down_projection)
-    except AttributeError as error:
+    except (AttributeError, IndexError) as error:
         raise ModelNotSupportedError(
             f"model type {model_type!r}: expected modules are missing ({error}); the table in"
             " pipeline/models/anatomy.py does not fit this version of the architecture"
@@ -96,5 +94,5 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Tell whether a linear module stores its weight as (in, out); decided by type, never by shape."""
+    """Tell whether a linear module stores its weight as (in, out): by type, never by shape."""
     return isinstance(module, Conv1D)

@@ -47,7 +47,7 @@ class EditableModel:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.unembedding.weight.shape[0])  # type: ignore[union-attr,arg-type]
+        return int(self.unembedding.weight.shape[0])  # type: ignore[index]
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +67,9 @@ class EditableModel:
         return self.blocks[layer].get_submodule(self.family.attention)
 
     def mlp(self, layer: int) -> nn.Module | None:
-        return None if self.family.mlp is None else self.blocks[layer].get_submodule(self.family.mlp)
+        return (
+            None if self.family.mlp is None else self.blocks[layer].get_submodule(self.family.mlp)
+        )
 
     def down_projection(self, layer: int) -> nn.Module:
         return self.blocks[layer].get_submodule(self.family.down_projection)
@@ -165,7 +167,7 @@ class EditableModel:
         input_ids: Tensor | None,
         cache: AttentionCache | None,
     ) -> Tensor:
-        # With a hidden state to enter with, the embedding's result is thrown away; id 0 always exists.
+        # A hidden state that enters replaces what the embedding makes of these; id 0 always exists.
         ids = torch.zeros_like(position_ids) if input_ids is None else input_ids
         output = self.base(
             input_ids=ids,
@@ -174,7 +176,7 @@ class EditableModel:
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
 
     @contextmanager
     def _only_blocks(self, first: int, stop: int, entry: Tensor | None) -> Iterator[None]:
@@ -246,11 +248,11 @@ def _first(output: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Tensor
 def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
     """Shadow a module's forward by an instance attribute, and take the shadow away again."""
     previous = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if previous is None:
             del module.forward
         else:
-            module.forward = previous  # type: ignore[method-assign]
+            module.forward = previous

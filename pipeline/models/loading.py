@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,7 +34,7 @@ def load_config(spec: ModelSpec) -> Any:
     """Read the model's configuration only.
 
     Raises:
-        InputError: there is no such model, or it needs code of its own that the spec does not allow.
+        InputError: there is no such model, or it needs code that the spec does not allow.
     """
     try:
         return AutoConfig.from_pretrained(
@@ -66,7 +67,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             f"model.path: the tokenizer of {spec.path!r} gives no character offsets, which finding"
             " the subject's last token needs; convert it to a fast tokenizer (tokenizer.json)"
         )
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
@@ -85,12 +86,13 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
             use_safetensors=None if spec.allow_pickle else True,
             attn_implementation=attention_implementation(config),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         hint = "" if spec.allow_pickle else " (weights load from safetensors only)"
         raise InputError(
             f"model.path: cannot load {spec.path!r}{hint}: {_first_line(error)}"
         ) from error
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    nn.Module.to(model, device)
+    return model.eval()
 
 
 def fuse_activations(model: PreTrainedModel) -> None:
@@ -106,7 +108,7 @@ def fuse_activations(model: PreTrainedModel) -> None:
 
 
 def _dtype(spec: ModelSpec, config: Any, device: torch.device) -> torch.dtype | str:
-    """The spec's dtype; `auto` is the checkpoint's, but for float16, which processors are slow in."""
+    """The spec's dtype; `auto` is the checkpoint's, but float32 for float16 on a processor."""
     if spec.dtype != "auto":
         return _DTYPES[spec.dtype]
     stored = getattr(config.get_text_config(), "dtype", None)
@@ -127,7 +129,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Identify a model's weights whatever dtype they were loaded in: a SHA-256 in hexadecimal.
 
     Every parameter contributes its name, shape and up to 4,096 evenly spaced entries rounded to
-    bfloat16; an edited model has another fingerprint than the model it came from.
+    bfloat16; an edited model has another fingerprint than the model it came from. Wider numbers
+    loaded as float16 are rounded twice, and so not recognised.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

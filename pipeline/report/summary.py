@@ -38,7 +38,9 @@ def problem_lines(edits: list[dict[str, Any]]) -> list[str]:
         for row in problems[:_MOST_PROBLEMS]
     ]
     if len(problems) > _MOST_PROBLEMS:
-        lines.append(f"... and {len(problems) - _MOST_PROBLEMS} more; see edits/ in the run directory")
+        lines.append(
+            f"... and {len(problems) - _MOST_PROBLEMS} more; see edits/ in the run directory"
+        )
     return lines
 
 

@@ -22,7 +22,7 @@ def write_update(
     """Write one layer's update and list it; return the part's name.
 
     The tensors are `<weight>.dense`, (D, F), or `<weight>.left`, (D, N), and `<weight>.right`,
-    (N, F), float32, with D the parameter's outputs and F its inputs whatever way the model stores it.
+    (N, F), float32; D are the parameter's outputs and F its inputs, however the model stores it.
     """
     tensors = {f"{weight_name}.{part}": tensor for part, tensor in update.parts.items()}
     described = {**metadata, "weight": weight_name, "layer": str(layer), "round": str(round)}

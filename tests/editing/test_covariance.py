@@ -67,11 +67,12 @@ def test_any_layers_in_any_order_in_one_pass() -> None:
     [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.002)],
 )
 def test_half_precision_keys_are_summed_in_float64(dtype: torch.dtype, tolerance: float) -> None:
+    """The keys are as rough as the model; what is made of them is not."""
     tiny = case("gpt2", dtype)
-    sums = gram_sums(tiny.editable, [1], ROWS, max_tokens=64)
-    assert sums.sums[1].dtype == torch.float64
-    # The same keys, multiplied in float64: what the half-precision model is to be blamed for is out.
+    alone = gram_sums(tiny.editable, [1], ROWS, max_tokens=1)  # each row as the oracle sees it
+    assert alone.sums[1].dtype == torch.float64
     keys = torch.cat([module_input(tiny.model, tiny.down_projections[1], row) for row in ROWS])
-    assert relative_error(sums.sums[1], keys.double().T @ keys.double()) < tolerance
+    assert relative_error(alone.sums[1], keys.double().T @ keys.double()) < 1e-6
     exact = gram_sums(case("gpt2").editable, [1], ROWS, max_tokens=64)
-    assert relative_error(sums.sums[1], exact.sums[1]) < 10 * tolerance
+    together = gram_sums(tiny.editable, [1], ROWS, max_tokens=64)
+    assert relative_error(together.sums[1], exact.sums[1]) < tolerance

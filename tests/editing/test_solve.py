@@ -137,7 +137,9 @@ def test_a_singular_matrix_gets_the_smallest_ridge_and_says_so() -> None:
     assert torch.equal(update, torch.zeros(2, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("negative", "ridge"), [(1e-11, 1e-10), (1e-9, 1e-8), (1e-7, 1e-6), (1e-5, 1e-4)])
+@pytest.mark.parametrize(
+    ("negative", "ridge"), [(1e-11, 1e-10), (1e-9, 1e-8), (1e-7, 1e-6), (1e-5, 1e-4)]
+)
 def test_the_ridge_grows_until_it_helps(negative: float, ridge: float) -> None:
     entries = torch.ones(1000, dtype=torch.float64)
     entries[7] = -negative

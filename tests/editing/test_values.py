@@ -15,10 +15,19 @@ from pipeline.editing.values import FoundValue, ValueSettings, find_values
 from pipeline.models.editable import EditableModel
 from pipeline.prompts import tokenize_edits
 from pipeline.requests import EditRequest
-from tests.cases import ALL_FAMILIES, CONTEXTS, EDITS, SETTINGS, Case, case, fresh, relative_error
+from tests.cases import (
+    ALL_FAMILIES,
+    CONTEXTS,
+    EDITS,
+    SETTINGS,
+    THREE,
+    Case,
+    case,
+    fresh,
+    oracle_values,
+    relative_error,
+)
 from tests.oracles.memit import Edit, Value, compute_value
-
-THREE = [EDITS[1], EDITS[2], EDITS[4]]  # subjects at the start, in quotes, inside
 
 
 def _settings(**changes: float) -> ValueSettings:
@@ -54,9 +63,7 @@ def _reference(
     ]
 
 
-def _check(
-    found: list[FoundValue], expected: list[tuple[Tensor, Value]], tolerance: float
-) -> None:
+def _check(found: list[FoundValue], expected: list[tuple[Tensor, Value]], tolerance: float) -> None:
     assert len(found) == len(expected)
     for ours, (z, info) in zip(found, expected, strict=True):
         assert ours.z.dtype == torch.float64 and ours.z.device.type == "cpu"
@@ -75,7 +82,7 @@ def test_values_are_those_of_the_oracle(family: str, layer: int) -> None:
     """Targets of one batch have unequal numbers of tokens."""
     tiny = case(family)
     assert len({len(prompts.target) for prompts in tiny.prompts(THREE)}) > 1
-    expected = _reference(tiny, layer, THREE)
+    expected = oracle_values(family, layer)
     assert all(info.delta_norm > 0.1 for _, info in expected)
     _check(_search(tiny, layer, THREE), expected, tiny.tolerance)
 
@@ -104,17 +111,17 @@ def test_batching_changes_nothing(family: str, batch_size: int) -> None:
         assert together.steps == alone.steps
 
 
-@pytest.mark.parametrize("batch_size", [2, 5])
-def test_edits_stop_on_their_own(batch_size: int) -> None:
+def test_edits_stop_on_their_own() -> None:
     """One stops before its first update, others leave the batch on the way, one never stops."""
     tiny = case("gpt2")
     changes = {"steps": 20, "clamp_norm": 4.0, "weight_decay": 0.001, "stop_loss": 6.3}
     expected = _reference(tiny, 1, EDITS, **changes)
     steps = sorted(info.steps - 1 for _, info in expected)
     assert steps[0] == 0 and 4 < steps[1] <= steps[3] < 18 and steps[4] == 19
-    found = _search(tiny, 1, EDITS, batch_size=batch_size, **changes)
-    _check(found, expected, 1e-9)
-    assert [value.loss < 6.3 for value in found] == [value.steps < 19 for value in found]
+    for batch_size in (2, 5):
+        found = _search(tiny, 1, EDITS, batch_size=batch_size, **changes)
+        _check(found, expected, 1e-9)
+        assert [value.loss < 6.3 for value in found] == [value.steps < 19 for value in found]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen2"])

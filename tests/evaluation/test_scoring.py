@@ -1,9 +1,7 @@
 """Scores of many probes at once against the plain oracle."""
 
 import math
-import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,20 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import families
-from oracles.scoring import judge
-
 from pipeline.errors import InputError
 from pipeline.evaluation import packing, scoring
 from pipeline.evaluation.metrics import rows, summarise
 from pipeline.evaluation.probes import Kind, Probe, probes_of
 from pipeline.evaluation.scoring import Score, probe_lengths, score
 from pipeline.models.editable import EditableModel
-from pipeline.models.loading import attention_implementation
 from pipeline.results.schemas import conform
 from pipeline.sources import read_requests
+from tests import families
+from tests.cases import ALL_FAMILIES, case
+from tests.cases import tokenizer as tokenizer_of
+from tests.oracles.scoring import judge
 
 # One-token and longer prompts (longer than the models' windows); answers of one and of several
 # tokens, some the beginning of others.
@@ -39,16 +35,8 @@ ANSWERS = ["the", "Port", "Port Velmora", "Port Velmora.", " French", "Kováč t
 TINY = 1e-6  # some families compute attention's softmax in float32 whatever the model's dtype
 
 
-@cache
 def editable(family: str, dtype: torch.dtype = torch.float64) -> EditableModel:
-    model = families.build(family, dtype)
-    model.set_attn_implementation(attention_implementation(model.config))
-    return EditableModel(model)
-
-
-@cache
-def tokenizer_of(bos: bool = False) -> PreTrainedTokenizerFast:
-    return families.build_tokenizer(bos)
+    return case(family, dtype).editable
 
 
 def probe(
@@ -95,13 +83,16 @@ def oracle_score(model: EditableModel, tokenizer: PreTrainedTokenizerFast, one: 
 def assert_same(found: Sequence[Score], expected: Sequence[Score], tolerance: float) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        assert one.nll_new == pytest.approx(other.nll_new, rel=tolerance, abs=tolerance)
-        assert one.nll_true == pytest.approx(other.nll_true, rel=tolerance, abs=tolerance)
+        for nll, exact_nll in ((one.nll_new, other.nll_new), (one.nll_true, other.nll_true)):
+            if exact_nll is None:
+                assert nll is None
+            else:
+                assert nll == pytest.approx(exact_nll, rel=tolerance, abs=tolerance)
         assert (one.success, one.exact) == (other.success, other.exact)
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_scores_are_those_of_one_answer_at_a_time(family: str, bos: bool) -> None:
     model, tokenizer = editable(family), tokenizer_of(bos)
     probes = mixed_probes()
@@ -114,7 +105,7 @@ def test_scores_are_those_of_one_answer_at_a_time(family: str, bos: bool) -> Non
 
 def test_exact_answers_are_found() -> None:
     """Random models rarely agree with a given answer, so these are the model's own words."""
-    model, tokenizer = editable("gpt2"), tokenizer_of()
+    model, tokenizer = editable("gpt2"), tokenizer_of(False)
     ids = tokenizer("The capital of Ostrania is")["input_ids"]
     with torch.no_grad():
         logits = model.model(input_ids=torch.tensor([ids])).logits[0, -1]
@@ -136,7 +127,7 @@ def test_exact_answers_are_found() -> None:
 def test_batch_size_and_memory_limits_change_nothing(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = editable(family), tokenizer_of(bos=True)
+    model, tokenizer = editable(family), tokenizer_of(True)
     probes = mixed_probes()
     expected = score(model, tokenizer, probes, max_tokens=100_000)
     for max_tokens in (1, 33, 200):
@@ -165,14 +156,14 @@ def test_batch_size_and_memory_limits_change_nothing(
 def test_any_probes_in_any_batches(
     cases: list[tuple[str, str, str | None]], max_tokens: int
 ) -> None:
-    model, tokenizer = editable("llama"), tokenizer_of(bos=True)
+    model, tokenizer = editable("llama"), tokenizer_of(True)
     probes = [probe(*case) for case in cases]
     expected = [oracle_score(model, tokenizer, one) for one in probes]
     assert_same(score(model, tokenizer, probes, max_tokens=max_tokens), expected, TINY)
 
 
 def test_a_prompt_is_computed_once_for_all_its_answers() -> None:
-    model, tokenizer = editable("gpt2"), tokenizer_of()
+    model, tokenizer = editable("gpt2"), tokenizer_of(False)
     prompt = "The capital of Ostrania is"
     answers = ["Port Velmora", "the", "Port"]
     probes = [probe(prompt, new, true) for new in answers for true in answers if new != true] * 2
@@ -191,27 +182,29 @@ def test_a_prompt_is_computed_once_for_all_its_answers() -> None:
 
 
 def test_a_bfloat16_model_is_judged_by_float32_logits() -> None:
-    model, tokenizer = editable("llama", torch.bfloat16), tokenizer_of()
+    model, tokenizer = editable("llama", torch.bfloat16), tokenizer_of(False)
     probes = mixed_probes()
     found = score(model, tokenizer, probes, max_tokens=100)
     expected = [oracle_score(model, tokenizer, one) for one in probes]
     for one, other in zip(found, expected, strict=True):
-        assert one.nll_new == pytest.approx(other.nll_new, abs=0.1)
-        assert one.nll_true == pytest.approx(other.nll_true, abs=0.1)
+        if one.nll_new is not None:
+            assert one.nll_new == pytest.approx(other.nll_new, abs=0.1)
 
 
 def test_a_model_that_has_diverged_has_no_success() -> None:
     broken = EditableModel(families.build("gpt2"))
     broken.oriented_weight(1).fill_(math.nan)
-    first_token = tokenizer_of().decode([0])  # what argmax makes of logits that are not numbers
+    first_token = tokenizer_of(False).decode(
+        [0]
+    )  # what argmax makes of logits that are not numbers
     probes = [probe("The", first_token, "the"), probe("The", first_token, "the", "neighborhood")]
-    for one in score(broken, tokenizer_of(), probes, max_tokens=100):
+    for one in score(broken, tokenizer_of(False), probes, max_tokens=100):
         assert one.nll_new is not None and math.isnan(one.nll_new)
         assert (one.success, one.exact) == (False, False)
 
 
 def test_a_probe_must_fit_the_models_positions() -> None:
-    model, tokenizer = editable("gpt2"), tokenizer_of()
+    model, tokenizer = editable("gpt2"), tokenizer_of(False)
     length = len(tokenizer(" the" * 20)["input_ids"])
     limit = model.max_positions
     assert limit == 128
@@ -229,18 +222,20 @@ def test_a_probe_must_fit_the_models_positions() -> None:
     found = score(model, tokenizer, [fits], max_tokens=10)
     assert_same(found, [oracle_score(model, tokenizer, fits)], TINY)
     needed = probe_lengths(tokenizer, [too_long])[0]
-    with pytest.raises(InputError, match=rf"case 'case', paraphrase probe 2: needs {needed} tokens"):
+    with pytest.raises(
+        InputError, match=rf"case 'case', paraphrase probe 2: needs {needed} tokens"
+    ):
         score(model, tokenizer, [fits, too_long], max_tokens=1000)
 
 
 def test_a_prompt_without_a_token_is_named() -> None:
     with pytest.raises(InputError, match="case 'case', rewrite probe 0: prompt '' has no token"):
-        score(editable("gpt2"), tokenizer_of(), [probe("", "the", None)], max_tokens=100)
+        score(editable("gpt2"), tokenizer_of(False), [probe("", "the", None)], max_tokens=100)
 
 
 def test_nothing_to_score() -> None:
-    assert score(editable("gpt2"), tokenizer_of(), [], max_tokens=10) == []
-    assert probe_lengths(tokenizer_of(), []) == []
+    assert score(editable("gpt2"), tokenizer_of(False), [], max_tokens=10) == []
+    assert probe_lengths(tokenizer_of(False), []) == []
 
 
 def test_the_unedited_model_has_the_published_figures(shared: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.errors import JobFailedError
 from pipeline.factworld import World, corpus, make_world, model_path
 from pipeline.factworld.build import REQUIRED_RECALL, build, editing_settings
 from pipeline.factworld.recall import recall
-from pipeline.factworld.train import Shape, batches, encode_facts
+from pipeline.factworld.train import Shape
 
 TINY = Shape(vocab_size=512, width=32, inner_width=64, layers=1, heads=2)
 
@@ -101,22 +101,6 @@ def test_published_settings_belong_to_the_packaged_model(world: World) -> None:
     assert contexts[0] == "{}" and len(contexts) == 6
     sentences = set(corpus(world))
     assert all(context.removesuffix(". {}") in sentences for context in contexts[1:])
-
-
-def test_batches_weigh_the_objects(tokenizer: PreTrainedTokenizerFast, world: World) -> None:
-    sentences = encode_facts(world, tokenizer)
-    objects = {f" {o}" for r in world.relations.values() for o in r.objects}
-    stream = batches(sentences, tokenizer, 0)
-    for ids, weights in (next(stream) for _ in range(3)):
-        assert ids.shape == weights.shape
-        assert (ids[:, 0] == tokenizer.eos_token_id).float().mean() > 0.1
-        row, weight = ids[0].tolist(), weights[0].tolist()
-        end = weight.index(1.0)
-        start = end
-        while weight[end] == 1.0:
-            end += 1
-        assert tokenizer.decode(row[start:end]) in objects
-        assert tokenizer.decode([row[end]]) == "."
 
 
 def test_build_writes_a_loadable_model(tmp_path: Path) -> None:

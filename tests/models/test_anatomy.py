@@ -81,12 +81,14 @@ def test_an_unknown_architecture_is_named() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["transformer", "transformer.h", "transformer.h.0.attn", "transformer.h.0.mlp.c_proj"])
+@pytest.mark.parametrize(
+    "path", ["transformer", "transformer.h", "transformer.h.0.attn", "transformer.h.0.mlp.c_proj"]
+)
 def test_a_missing_module_is_named(path: str) -> None:
     model = fresh("gpt2").model
     parent, _, leaf = path.rpartition(".")
     delattr(model.get_submodule(parent), leaf)
-    with pytest.raises(ModelNotSupportedError, match="'gpt2'.*missing") as caught:
+    with pytest.raises(ModelNotSupportedError, match=r"'gpt2'.*missing") as caught:
         family_of(model)
     assert leaf in str(caught.value)
 

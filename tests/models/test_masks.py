@@ -15,7 +15,9 @@ def _tokens(draw: st.DrawFn) -> tuple[list[list[int]], list[list[tuple[int, int]
     """Positions and (own, continued) segments of one to three rows of equal width."""
     width = draw(st.integers(1, 7))
     number = st.integers(-2, 3)
-    positions = [[draw(st.integers(0, 9)) for _ in range(width)] for _ in range(draw(st.integers(1, 3)))]
+    positions = [
+        [draw(st.integers(0, 9)) for _ in range(width)] for _ in range(draw(st.integers(1, 3)))
+    ]
     segments = [[(draw(number), draw(number)) for _ in range(width)] for _ in positions]
     return positions, segments
 

@@ -23,7 +23,7 @@ def judge(
     spaced = answer if answer.startswith(" ") else " " + answer
     answer_ids = tokenizer(spaced, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        output = model(input_ids=torch.tensor([prompt_ids + answer_ids], device=model.device))
+        output = model(input_ids=torch.tensor([prompt_ids + answer_ids[:-1]]))
     logits = output.logits[0]
     if logits.dtype != torch.float64:
         logits = logits.float()

@@ -1,0 +1,168 @@
+"""Whole jobs on tiny models: their models, corpora, request files and specs, made once a session."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from pipeline import JobSpec
+from pipeline.results import Run, read
+from pipeline.spec import parse_spec
+from tests import families
+
+LAYERS = [0, 1]
+CONTEXTS = ["{}", "The house is old. {}", "Therefore, it is in the city. {}"]
+VALUE = {
+    "steps": 5,
+    "learning_rate": 0.5,
+    "weight_decay": 0.5,
+    "kl_weight": 0.0625,
+    "clamp_norm": 0.75,
+    "stop_loss": 0.05,
+}
+COVARIANCE_WEIGHT = 5.0
+CORPUS_TEXTS = 150  # more than two shards of the covariance phase
+
+_FIRST = ["Anselm", "Marguerite", "Zdeněk", "Torvald", "Brightwater", "Velmora", "Ostrania", "Oduya"]
+_LAST = ["Quillfeather", "Kováč", "Mills", "Engine", "Port", "Rome"]
+_PROMPTS = ["The mother tongue of {} is", "{} plays the", 'They said that "{}" is in']
+_NEW = ["English", "the violin", "London", "Ostrania", "German and French"]
+_TRUE = ["Spanish", "music", "Berlin", "Italy"]
+
+Record = dict[str, Any]
+
+
+def records(count: int) -> list[Record]:
+    """CounterFact records, each with one paraphrase and two neighbours; the same ones every time."""
+    pairs = [(prompt, f"{a} {b}") for prompt in _PROMPTS for a in _FIRST for b in _LAST]
+    random.Random(0).shuffle(pairs)
+    return [_record(number, prompt, who) for number, (prompt, who) in enumerate(pairs[:count])]
+
+
+def _record(number: int, prompt: str, who: str) -> Record:
+    return {
+        "case_id": number,
+        "requested_rewrite": {
+            "prompt": prompt,
+            "subject": who,
+            "target_new": {"str": _NEW[number % len(_NEW)]},
+            "target_true": {"str": _TRUE[number % len(_TRUE)]},
+            "relation_id": f"P{_PROMPTS.index(prompt)}",
+        },
+        "paraphrase_prompts": [f"It is old. {prompt.replace('{}', who)}"],
+        "neighborhood_prompts": [
+            prompt.replace("{}", "the film"),
+            prompt.replace("{}", "the old museum in Rome"),
+        ],
+    }
+
+
+class TinyJobs:
+    """A folder with models, a corpus and request files, and specs over them.
+
+    Args:
+        root: where to put them.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.corpus = root / "corpus.txt"
+        generator = random.Random(1)
+        lines = []
+        for number in range(CORPUS_TEXTS):
+            words = families.SENTENCES[number % len(families.SENTENCES)].split()
+            generator.shuffle(words)
+            lines.append(" ".join(words))
+        self.corpus.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._finished: dict[str, Run] = {}
+
+    def model(self, family: str = "gpt2") -> Path:
+        """A directory with the family's model; those that begin texts with a token do so here."""
+        directory = self.root / "models" / family
+        if not directory.exists():
+            families.save(family, directory, bos="llama" in family or "gemma" in family)
+        return directory
+
+    def requests(self, content: list[Record]) -> Path:
+        """A CounterFact file with these records."""
+        text = json.dumps(content, ensure_ascii=False)
+        path = self.root / f"requests-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def settings(
+        self, output: Path, *, family: str = "gpt2", requests: list[Record] | None = None
+    ) -> dict[str, Any]:
+        """A spec as plain data: in this process, shards of 3, twelve requests unless told so."""
+        return {
+            "name": "tiny",
+            "model": {"path": str(self.model(family)), "dtype": "float32"},
+            "requests": {"path": str(self.requests(records(12) if requests is None else requests))},
+            "method": {
+                "layers": LAYERS,
+                "covariance_weight": COVARIANCE_WEIGHT,
+                "contexts": CONTEXTS,
+                "value": dict(VALUE),
+            },
+            "covariance": {
+                "corpus": str(self.corpus),
+                "path": str(self.root / "covariances" / family),
+            },
+            "cluster": {"engine": "in_process", "shard_size": 3},
+            "output": {"path": str(output)},
+        }
+
+    def spec(self, output: Path, *changes: str, **choices: Any) -> JobSpec:
+        """A spec with changes written as `--set` takes them; choices as of `settings`."""
+        return parse_spec(changed(self.settings(output, **choices), *changes), "the test")
+
+    def spec_file(self, path: Path, settings: dict[str, Any]) -> Path:
+        """Write a spec; JSON is YAML."""
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        return path
+
+    def finished(self, *changes: str, **choices: Any) -> Run:
+        """The finished run of a spec, run in this process when first asked for; only read it."""
+        from pipeline import run_batch_edit
+
+        key = json.dumps([changes, choices], sort_keys=True)
+        if key not in self._finished:
+            output = self.root / "runs" / str(len(self._finished))
+            self._finished[key] = read(run_batch_edit(self.spec(output, *changes, **choices)).path)
+        return self._finished[key]
+
+
+def changed(settings: dict[str, Any], *changes: str) -> dict[str, Any]:
+    """Settings with `field.path=value` changes, the values YAML."""
+    import yaml
+
+    for change in changes:
+        name, _, text = change.partition("=")
+        *parents, leaf = name.split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = yaml.safe_load(text)
+    return settings
+
+
+def digests(run: Run) -> dict[str, Any]:
+    """What must be the same bits whatever computed it: update files, values, metrics, edits."""
+    values = run.values().drop_columns(["seconds"]).sort_by("case_id")
+    order = [("round", "ascending"), ("case_id", "ascending"), ("probe", "ascending")]
+    metrics = run.metrics().sort_by([*order, ("probe_index", "ascending")])
+    return {
+        "updates": [hashlib.sha256(path.read_bytes()).hexdigest() for path in run.updates()],
+        "values": values.to_pylist(),
+        "metrics": metrics.to_pylist(),
+        "edits": run.edits().to_pylist(),
+    }
+
+
+def statuses(run: Run) -> dict[str, int]:
+    """How many requests have which status."""
+    counts = pc.value_counts(run.edits()["status"]).to_pylist()
+    return {entry["values"]: entry["counts"] for entry in counts}
