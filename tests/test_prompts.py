@@ -109,6 +109,10 @@ def test_the_given_place_counts_when_the_subject_stands_twice() -> None:
     assert first.lookup < second.lookup == len(second.ids) - 1
 
 
+def test_a_token_without_characters_is_no_lookup_token() -> None:
+    assert lookup_token([(0, 0), (0, 3), (2, 2), (3, 5), (0, 0)], (0, 3), "abcde") == 1
+
+
 def test_a_subject_without_a_token_is_refused() -> None:
     with pytest.raises(InputError, match="subject 'b' has no token in 'ab'"):
         lookup_token([(0, 1), (1, 1)], (1, 2), "ab")

@@ -115,7 +115,7 @@ def test_where_nothing_is_near_the_known_settings_are_listed() -> None:
         ({"requests": {"limit": 0}}, "requests.limit"),
         ({"requests": {"offset": -1}}, "requests.offset"),
         ({"requests": {"on_conflict": "maybe"}}, "requests.on_conflict"),
-        ({"cluster": {"value_batch_size": 0}}, "cluster.value_batch_size"),
+        ({"cluster": {"reducer_threads": 0}}, "cluster.reducer_threads"),
         ({"evaluation": {"probes": ["rewrite", "poem"]}}, "evaluation.probes.1"),
         ({"name": "a/b"}, "name"),
         ({"name": ""}, "name"),
@@ -126,7 +126,9 @@ def test_a_wrong_value_is_named_with_its_place(content: dict[str, Any], where: s
     assert _refused(content).startswith(f"job.yaml: {where}: ")
 
 
-@pytest.mark.parametrize("setting", ["workers", "gpus_per_worker", "shard_size"])
+@pytest.mark.parametrize(
+    "setting", ["workers", "gpus_per_worker", "shard_size", "value_batch_size"]
+)
 def test_a_setting_that_may_be_auto_is_named_as_it_is_typed(setting: str) -> None:
     """Not by the names of the types that were tried, and counted as one mistake."""
     message = _refused({"cluster": {setting: "many"}})

@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.evaluation.probes import Probe
+from pipeline.results.schemas import PROBES
 
 if TYPE_CHECKING:
     from pipeline.evaluation.scoring import Score
@@ -170,13 +171,15 @@ def _means_by_edit(metrics: pa.Table) -> dict[str, NDArray[Any]]:
     }
     grouped = (
         pa.table(columns)
-        .group_by(["round", "probe", "case_id"])
+        .group_by(["round", "probe", "case_id"], use_threads=False)  # sums in one order
         .aggregate([*((name, "mean") for name in _COLUMNS), ([], "count_all")])
     )
+    # Numbered by name, so that the bootstrap's draws do not depend on the order of the rows.
+    _, edits = np.unique(grouped["case_id"].to_numpy(), return_inverse=True)
     return {
         "round": grouped["round"].to_numpy(),
         "probe": grouped["probe"].to_numpy(),
-        "edit": grouped["case_id"].combine_chunks().dictionary_encode().indices.to_numpy(),
+        "edit": edits,
         "probes": grouped["count_all"].to_numpy(),
         **{name: grouped[f"{name}_mean"].to_numpy() for name in _COLUMNS},
     }
@@ -191,7 +194,7 @@ def _summarise_round(means: Mapping[str, NDArray[Any]], number: int) -> dict[str
     chosen = means["round"] == number
     here = {name: values[chosen] for name, values in means.items()}
     edits, here["edit"] = np.unique(here["edit"], return_inverse=True)
-    kinds = [str(kind) for kind in dict.fromkeys(here["probe"].tolist())]
+    kinds = [kind for kind in PROBES if kind in set(here["probe"].tolist())]
     table = np.full((len(edits), len(kinds), len(_COLUMNS)), np.nan)
     for k, kind in enumerate(kinds):
         of_kind = here["probe"] == kind

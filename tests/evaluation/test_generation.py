@@ -39,7 +39,8 @@ def one_at_a_time(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_batches_continue_as_single_prompts_do(family: str) -> None:
-    chosen = case(family)
+    # In float64, transformers' own mask for Gemma 2 overflows its float32 softmax at padding.
+    chosen = case(family, torch.float32 if family == "gemma2" else torch.float64)
     expected = [one_at_a_time(chosen.model, chosen.tokenizer, prompt) for prompt in PROMPTS]
     found = generate(
         chosen.editable, chosen.tokenizer, PROMPTS, max_new_tokens=NEW, batch_tokens=1000

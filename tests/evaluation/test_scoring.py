@@ -2,13 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.errors import InputError
 from pipeline.evaluation import packing, scoring
@@ -21,7 +30,7 @@ from pipeline.sources import read_requests
 from tests import families
 from tests.cases import ALL_FAMILIES, case
 from tests.cases import tokenizer as tokenizer_of
-from tests.oracles.scoring import judge
+from tests.oracles.scoring import Judged, judge
 
 # One-token and longer prompts (longer than the models' windows); answers of one and of several
 # tokens, some the beginning of others.
@@ -61,10 +70,10 @@ def mixed_probes() -> list[Probe]:
     return [*probes, *one_sided, probes[3]]
 
 
-def oracle_score(model: EditableModel, tokenizer: PreTrainedTokenizerFast, one: Probe) -> Score:
+def oracle_score(model: EditableModel, tokenizer: PreTrainedTokenizerBase, one: Probe) -> Score:
     """Success and exact as architecture.md words them, from the oracle's likelihoods."""
     new, true = (
-        None if answer is None else judge(model.model, tokenizer, one.prompt, answer)
+        None if answer is None else judge_once(model, tokenizer, one.prompt, answer)
         for answer in (one.target_new, one.target_true)
     )
     success = None
@@ -78,6 +87,13 @@ def oracle_score(model: EditableModel, tokenizer: PreTrainedTokenizerFast, one: 
         success,
         wanted.exact if wanted else None,
     )
+
+
+@cache
+def judge_once(
+    model: EditableModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
+) -> Judged:
+    return judge(model.model, tokenizer, prompt, answer)
 
 
 def assert_same(found: Sequence[Score], expected: Sequence[Score], tolerance: float) -> None:
@@ -101,26 +117,6 @@ def test_scores_are_those_of_one_answer_at_a_time(family: str, bos: bool) -> Non
     assert_same(found, expected, TINY)
     nlls = [one.nll_new for one in found if one.nll_new is not None]
     assert max(nlls) - min(nlls) > 0.1  # the models do tell answers apart
-
-
-def test_exact_answers_are_found() -> None:
-    """Random models rarely agree with a given answer, so these are the model's own words."""
-    model, tokenizer = editable("gpt2"), tokenizer_of(False)
-    ids = tokenizer("The capital of Ostrania is")["input_ids"]
-    with torch.no_grad():
-        logits = model.model(input_ids=torch.tensor([ids])).logits[0, -1]
-    ranked = [tokenizer.decode([token]) for token in logits.argsort(descending=True).tolist()]
-    # An answer is one token with its blank, so that it is segmented as the model says it.
-    first, second = [text for text in ranked if text.startswith(" ") and text.strip()][:2]
-    probes = [
-        probe("The capital of Ostrania is", first, second, kind)
-        for kind in ("rewrite", "neighborhood")
-    ] + [probe("The capital of Ostrania is", second, first, "neighborhood")]
-    found = score(model, tokenizer, probes, max_tokens=100)
-    assert [one.success for one in found] == [True, False, True]
-    top = ranked[0] == first
-    assert [one.exact for one in found] == [top, False, top]
-    assert_same(found, [oracle_score(model, tokenizer, one) for one in probes], TINY)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
@@ -194,11 +190,12 @@ def test_a_bfloat16_model_is_judged_by_float32_logits() -> None:
 def test_a_model_that_has_diverged_has_no_success() -> None:
     broken = EditableModel(families.build("gpt2"))
     broken.oriented_weight(1).fill_(math.nan)
-    first_token = tokenizer_of(False).decode(
-        [0]
-    )  # what argmax makes of logits that are not numbers
-    probes = [probe("The", first_token, "the"), probe("The", first_token, "the", "neighborhood")]
-    for one in score(broken, tokenizer_of(False), probes, max_tokens=100):
+    # The answer is token 0, which is what argmax makes of logits that are not numbers.
+    words = Tokenizer(WordLevel({"the": 0, "Port": 1, "is": 2}, unk_token="the"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    probes = [probe("Port is", "the", "Port"), probe("Port is", "Port", "the", "neighborhood")]
+    for one in score(broken, tokenizer, probes, max_tokens=100):
         assert one.nll_new is not None and math.isnan(one.nll_new)
         assert (one.success, one.exact) == (False, False)
 
@@ -222,9 +219,8 @@ def test_a_probe_must_fit_the_models_positions() -> None:
     found = score(model, tokenizer, [fits], max_tokens=10)
     assert_same(found, [oracle_score(model, tokenizer, fits)], TINY)
     needed = probe_lengths(tokenizer, [too_long])[0]
-    with pytest.raises(
-        InputError, match=rf"case 'case', paraphrase probe 2: needs {needed} tokens"
-    ):
+    message = rf"case 'case', paraphrase probe 2: needs {needed} tokens .* has 128 positions"
+    with pytest.raises(InputError, match=message):
         score(model, tokenizer, [fits, too_long], max_tokens=1000)
 
 
@@ -260,6 +256,18 @@ def test_the_unedited_model_has_the_published_figures(shared: Path) -> None:
     exact = {kind: values["exact"]["score"] for kind, values in unedited["probes"].items()}
     assert exact["rewrite"] <= 2.0 and exact["paraphrase"] <= 4.0
     assert exact["neighborhood"] >= 93.0
-    sample = probes[:: len(probes) // 12]
-    expected = [oracle_score(model, tokenizer, one) for one in sample]
-    assert_same(scores[:: len(probes) // 12], expected, 1e-3)
+    # Answers of several tokens that the model knows, and some others.
+    known = [
+        i
+        for i, one in enumerate(probes)
+        if one.kind == "neighborhood" and scores[i].exact and num_tokens(tokenizer, one) > 1
+    ]
+    assert known
+    sample = [*known[:6], *range(0, len(probes), len(probes) // 12)]
+    expected = [oracle_score(model, tokenizer, probes[i]) for i in sample]
+    assert_same([scores[i] for i in sample], expected, 1e-3)
+
+
+def num_tokens(tokenizer: PreTrainedTokenizerBase, one: Probe) -> int:
+    """Tokens of the answer that is right without the edit."""
+    return len(tokenizer(f" {one.target_true}", add_special_tokens=False)["input_ids"])

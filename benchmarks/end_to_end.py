@@ -1,0 +1,105 @@
+"""Edit N CounterFact facts as a user would, and measure wall time per phase and peak memory.
+
+    python benchmarks/end_to_end.py --edits 1000 --model MODEL --requests COUNTERFACT.json \
+        --corpus CORPUS.json --run runs/cf-1k
+
+Runs the installed command in a process of its own and samples the memory of all processes below it
+(proportional set size, so that shared pages count once). Prints a table and appends a row to
+benchmarks/results.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from machine import append_row, describe_machine
+
+from pipeline import results
+
+SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "counterfact_12m.yaml"
+SECONDS_BETWEEN_SAMPLES = 1.0
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    arguments = _parse()
+    command = [
+        sys.executable,
+        *("-c", "from pipeline.cli import main; main()"),
+        *("edit", str(SPEC)),
+        *_set("model.path", arguments.model),
+        *_set("requests.path", arguments.requests),
+        *_set("requests.limit", arguments.edits),
+        *_set("covariance.corpus", arguments.corpus),
+        *_set("output.path", arguments.run),
+        *(part for override in arguments.set for part in ("--set", override)),
+    ]
+    start = time.perf_counter()
+    peak, code = _run_measured(command)
+    seconds = time.perf_counter() - start
+    run = results.read(arguments.run)
+    row = _row(run, arguments.edits, seconds, peak, code)
+    for name, value in row.items():
+        print(f"{name:<28} {value:,.2f}" if isinstance(value, float) else f"{name:<28} {value}")
+    append_row("end_to_end", row)
+
+
+def _row(run: Any, edits: int, seconds: float, peak: int, code: int) -> dict[str, Any]:
+    after = run.summary["evaluation"]["rounds"][-1]
+    return {
+        **describe_machine(),
+        "edits": edits,
+        "edit_rows": run.edits().num_rows,
+        "exit_code": code,
+        "seconds": seconds,
+        **{f"seconds_{name}": value for name, value in run.summary["seconds"].items()},
+        "peak_gigabytes": peak / 1e9,
+        **{score: after[score]["score"] for score in ("ES", "PS", "NS", "S")},
+        **{f"exact_{kind}": probe["exact"]["score"] for kind, probe in after["probes"].items()},
+    }
+
+
+def _run_measured(command: list[str]) -> tuple[int, int]:
+    """Run a command; peak bytes of all processes below it, and its exit code."""
+    process = subprocess.Popen(command, env=os.environ)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _tree_bytes(process.pid))
+        time.sleep(SECONDS_BETWEEN_SAMPLES)
+    return peak, process.returncode
+
+
+def _tree_bytes(root: int) -> int:
+    total = 0
+    try:
+        tree = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for process in tree:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue  # it ended between the listing and the look
+    return total
+
+
+def _set(name: str, value: object) -> tuple[str, str]:
+    return "--set", f"{name}={value}"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--edits", type=int, required=True)
+    for name in ("model", "requests", "corpus", "run"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
