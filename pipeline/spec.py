@@ -206,7 +206,7 @@ def load_spec(path: str | Path | None, overrides: list[str] | None = None) -> Jo
         InputError: the file cannot be read, an override is malformed, or a setting is wrong; the
             message names the setting and, for an unknown one, the nearest known name.
     """
-    content = {} if path is None else _read_yaml(Path(path))
+    content = {} if path is None else read_yaml(Path(path))
     for override in overrides or []:
         _override(content, override)
     return parse_spec(content, "the settings" if path is None else str(path))
@@ -222,7 +222,8 @@ def parse_spec(content: Any, source: str) -> JobSpec:
         raise InputError(_explain(error, source)) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping (InputError otherwise)."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -255,15 +256,32 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, source: str) -> str:
     """One line for the first problem, and how many more there are."""
-    problems = error.errors()
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"]) or "spec"
+    problems = {_place(problem["loc"]): problem for problem in reversed(error.errors())}
+    where, first = next(reversed(problems.items()))
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        what = f"unknown setting{_did_you_mean(first['loc'])}"
-    else:
-        what = f"{first['msg'].removeprefix('Value error, ')}, got {first['input']!r:.80}"
+        message = f"unknown setting{_did_you_mean(first['loc'])}"
+    elif first["type"] != "value_error":
+        message = f"{message}, got {first['input']!r:.80}"
     more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{source}: {where}: {what}{more}"
+    return f"{source}: {where}: {message}{more}"
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """The setting's path; the names of alternatives in a union are left out."""
+    names: list[str] = []
+    part: type[BaseModel] | None = JobSpec
+    for name in location:
+        if part is None:
+            # Below a plain setting only positions in a list are worth saying.
+            names += [str(name)] if isinstance(name, int) else []
+            continue
+        names.append(str(name))
+        field = part.model_fields.get(str(name))
+        annotation: Any = None if field is None else field.annotation
+        is_part = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        part = annotation if is_part else None
+    return ".".join(names) or "spec"
 
 
 def _did_you_mean(location: tuple[int | str, ...]) -> str:

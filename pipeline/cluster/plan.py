@@ -28,6 +28,7 @@ _FACTWORLD_REQUESTS = 200
 _MARGIN = 8
 # Enough shards to keep workers of unlike speed busy to the end, none too small for a batch.
 _SHARDS, _SMALLEST_SHARD, _LARGEST_SHARD = 64, 16, 256
+_SMALLEST_PROBE_SHARD, _LARGEST_PROBE_SHARD = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,26 @@ def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> P
     return Plan(spec, source, rows, cut_shards(accepted, spec.cluster.shard_size))
 
 
-def cut_shards(requests: Sequence[EditRequest], size: int | Literal["auto"]) -> list[Shard]:
-    """Cut requests into consecutive shards of at most `size`."""
-    automatic = min(max(-(-len(requests) // _SHARDS), _SMALLEST_SHARD), _LARGEST_SHARD)
+def cut_shards(items: Sequence[Any], size: int | Literal["auto"]) -> list[Shard]:
+    """Cut items into consecutive shards of at most `size`."""
+    automatic = min(max(-(-len(items) // _SHARDS), _SMALLEST_SHARD), _LARGEST_SHARD)
     step = automatic if size == "auto" else size
     return [
-        Shard(index, tuple(requests[start : start + step]))
-        for index, start in enumerate(range(0, len(requests), step))
+        Shard(index, tuple(items[start : start + step]))
+        for index, start in enumerate(range(0, len(items), step))
     ]
+
+
+def probe_shards(shards: Sequence[Shard], kinds: Sequence[str]) -> list[Shard]:
+    """Cut the probes of all requests into shards of their own, equal prompts side by side.
+
+    Edits of one relation share neighbours; a worker scores a prompt once for all of them.
+    """
+    requests = (request for shard in shards for request in shard.items)
+    probes = [probe for request in requests for probe in probes_of(request, kinds)]
+    probes.sort(key=lambda probe: probe.prompt)
+    size = min(max(-(-len(probes) // _SHARDS), _SMALLEST_PROBE_SHARD), _LARGEST_PROBE_SHARD)
+    return cut_shards(probes, size)
 
 
 def _read_rows(spec: JobSpec) -> list[RequestRow]:

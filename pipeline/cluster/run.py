@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.cluster.covariance import Covariances, ensure_covariances
 from pipeline.cluster.engine import Engine, InProcessEngine
 from pipeline.cluster.insertion import insert
-from pipeline.cluster.plan import Plan, make_plan
+from pipeline.cluster.plan import Plan, make_plan, probe_shards
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.record import (
     begin_run,
@@ -164,7 +164,8 @@ class _Batch:
             )
             for outcome in outcomes:
                 rows = _rows("values", outcome)
-                self._note_failures(outcome.failures)
+                for request, reason in outcome.failures:
+                    self.failures[request.case_id] = reason
                 finite = self._drop_infinite(rows)
                 store.write_part(
                     "values", finite, round=ROUND, shard=outcome.shard.index, weight_version=0
@@ -186,20 +187,20 @@ class _Batch:
         return live
 
     def _evaluate(self, store: RunStore, name: str, round: int) -> None:
-        if not self.plan.spec.evaluation.probes:
-            return
+        shards = probe_shards(self.plan.shards, self.plan.spec.evaluation.probes)
         version = self.scheduler.version
-        with self.progress.phase(name, self.plan.num_requests) as ticker:
+        with self.progress.phase(name, sum(len(shard.items) for shard in shards)) as ticker:
             outcomes = self.scheduler.run(
                 "evaluate",
-                self.plan.shards,
+                shards,
                 lambda _, items: (items,),
                 version=version,
                 round=round,
                 edit_round=ROUND,
             )
             for outcome in outcomes:
-                self._note_failures(outcome.failures)
+                for probe, reason in outcome.failures:
+                    self.failures[probe.case_id] = f"{probe.kind} probe {probe.index}: {reason}"
                 store.write_part(
                     "metrics",
                     _rows("metrics", outcome),
@@ -208,10 +209,6 @@ class _Batch:
                     weight_version=version,
                 )
                 ticker.advance(len(outcome.shard.items))
-
-    def _note_failures(self, failures: list[tuple[EditRequest, str]]) -> None:
-        for request, reason in failures:
-            self.failures[request.case_id] = reason
 
     def _drop_infinite(self, rows: pa.Table) -> pa.Table:
         """Keep the searches that ended in finite numbers; the others' requests have failed."""

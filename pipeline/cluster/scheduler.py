@@ -82,7 +82,7 @@ class Scheduler:
         self.version = 0
         self._updates: list[tuple[int, Any]] = []
         self._contexts: tuple[str, ...] = ()
-        self._home: dict[int, int] = {}
+        self._home: dict[tuple[str, int], int] = {}
 
     def run(
         self,
@@ -114,7 +114,7 @@ class Scheduler:
         idle = set(range(self.engine.num_workers))
         while waiting or under_way:
             while waiting and idle:
-                worker, piece = self._match(waiting, idle)
+                worker, piece = self._match(method, waiting, idle)
                 idle.discard(worker)
                 given = arguments(piece.shard, piece.items)
                 under_way[self.engine.submit(worker, method, *given, **settings)] = piece
@@ -160,16 +160,20 @@ class Scheduler:
             except WorkerLostError as error:
                 self._replace(call.worker, error)
 
-    def _match(self, waiting: deque[_Piece], idle: set[int]) -> tuple[int, _Piece]:
+    def _match(self, method: str, waiting: deque[_Piece], idle: set[int]) -> tuple[int, _Piece]:
         """Choose a worker and a piece: one that is at home there, else one without a home."""
-        for worker in sorted(idle):
-            for position, piece in enumerate(waiting):
-                if self._home.get(piece.shard.index, worker) == worker:
-                    del waiting[position]
-                    self._home[piece.shard.index] = worker
-                    return worker, piece
-        worker, piece = min(idle), waiting.popleft()
-        self._home[piece.shard.index] = worker
+        worker, position = min(idle), 0
+        for candidate in sorted(idle):
+            for place, piece in enumerate(waiting):
+                if self._home.get((method, piece.shard.index), candidate) == candidate:
+                    worker, position = candidate, place
+                    break
+            else:
+                continue
+            break
+        piece = waiting[position]
+        del waiting[position]
+        self._home[method, piece.shard.index] = worker
         return worker, piece
 
     def _wait(self, method: str, under_way: dict[Call, _Piece]) -> list[Call]:

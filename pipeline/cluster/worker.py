@@ -19,8 +19,9 @@ from pipeline.editing.keys import KeyWave
 from pipeline.editing.update import EditedWeights, Update
 from pipeline.editing.values import FoundValue
 from pipeline.errors import WeightVersionMismatchError
-from pipeline.evaluation import metrics, probes
+from pipeline.evaluation import metrics
 from pipeline.evaluation.generation import generate
+from pipeline.evaluation.probes import Probe
 from pipeline.evaluation.scoring import score
 from pipeline.methods import build_method
 from pipeline.models.editable import EditableModel, resolve_device
@@ -162,14 +163,12 @@ class EditWorker:
         return self.weights.version
 
     def evaluate(
-        self, requests: Sequence[EditRequest], *, version: int, round: int, edit_round: int
+        self, asked: Sequence[Probe], *, version: int, round: int, edit_round: int
     ) -> pa.Table:
-        """Score every probe of a shard; rows of metrics/."""
+        """Score probes; rows of metrics/."""
         self._require(version)
-        settings = self.spec.evaluation
-        asked = [p for request in requests for p in probes.probes_of(request, settings.probes)]
         scores = score(self.model, self.tokenizer, asked, max_tokens=self._max_tokens)
-        generated = self._generate(asked) if settings.generate else None
+        generated = self._generate(asked) if self.spec.evaluation.generate else None
         return conform(
             "metrics",
             metrics.rows(asked, scores, round=round, edit_round=edit_round, generated=generated),
@@ -187,7 +186,7 @@ class EditWorker:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"resident": resident, "device": cuda}
 
-    def _generate(self, asked: Sequence[probes.Probe]) -> list[str | None]:
+    def _generate(self, asked: Sequence[Probe]) -> list[str | None]:
         """Continue every rewrite and paraphrase probe greedily; None for the other kinds."""
         chosen = [i for i, probe in enumerate(asked) if probe.kind in ("rewrite", "paraphrase")]
         texts = generate(

@@ -41,18 +41,16 @@ def factorise(matrix: Tensor) -> Factor:
     Raises:
         ValueError: the matrix holds infinities or NaNs, or no small ridge helps.
     """
-    if not torch.isfinite(matrix).all():
-        raise ValueError("the normal equations hold infinities or NaNs")
+    _require_finite(matrix)
     scale = float(matrix.diagonal().mean())
-    ridge = 0.0
-    for attempt in range(_RIDGE_TRIES + 1):
+    ridges = [0.0, *(scale * _FIRST_RIDGE * _RIDGE_STEP**i for i in range(_RIDGE_TRIES))]
+    for ridge in ridges:
         shifted = matrix if ridge == 0.0 else matrix + ridge * torch.eye(len(matrix)).to(matrix)
         lower, info = torch.linalg.cholesky_ex(shifted)
         if int(info) == 0:
             return Factor(lower, ridge)
-        ridge = scale * _FIRST_RIDGE * _RIDGE_STEP**attempt
     raise ValueError(
-        f"the normal equations are not positive definite, even with a ridge of {ridge:.3g}"
+        f"the normal equations are not positive definite, even with a ridge of {ridges[-1]:.3g}"
     )
 
 
@@ -71,7 +69,11 @@ def solve_update(
 
     Returns:
         The update (D, F) float64, and the ridge that was needed (0 as a rule).
+
+    Raises:
+        ValueError: an argument holds infinities or NaNs, or is not positive semi-definite.
     """
+    _require_finite(cross_DF)
     factor = factorise(covariance_weight * covariance_FF + gram_FF)
     return factor.solve(cross_DF.T).T, factor.ridge
 
@@ -95,9 +97,18 @@ def update_factors(keys_NF: Tensor, residuals_ND: Tensor, factor: Factor) -> tup
 
     Returns:
         (D, N) and (N, F) float64; their product is the update.
+
+    Raises:
+        ValueError: keys or residuals hold infinities or NaNs.
     """
+    _require_finite(keys_NF, residuals_ND)
     whitened_FN = factor.solve(keys_NF.T)
     small_NN = keys_NF @ whitened_FN
     small_NN.diagonal().add_(1.0)
     lower = torch.linalg.cholesky(small_NN)
     return torch.cholesky_solve(residuals_ND, lower).T, whitened_FN.T
+
+
+def _require_finite(*tensors: Tensor) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ValueError("the normal equations hold infinities or NaNs")

@@ -21,7 +21,7 @@ from pipeline.factworld.train import (
 )
 from pipeline.factworld.world import World, corpus, make_world
 
-DEFAULT_STEPS = 2400
+DEFAULT_STEPS = 1600
 REQUIRED_RECALL = 0.99
 REPORT_EVERY = 100
 NUM_CONTEXTS = 5
@@ -89,7 +89,7 @@ def editing_settings(world: World) -> dict[str, Any]:
     return {
         "source": "to be filled",
         "method": {
-            "layers": [0, 1, 2],
+            "layers": [0, 1],
             "covariance_weight": 500,
             "contexts": contexts,
             "value": {

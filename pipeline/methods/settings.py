@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.editing.values import ValueSettings
 from pipeline.errors import InputError
-from pipeline.spec import JobSpec, MethodSpec, ValueSpec
+from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec, read_yaml
 
 EDITING_FILE = "editing.yaml"
 
@@ -53,15 +53,14 @@ def value_settings(method: MethodSpec) -> ValueSettings:
 def _published(config: Any, model_path: str) -> tuple[dict[str, Any], str]:
     beside = Path(model_path) / EDITING_FILE
     if beside.is_file():
-        content = yaml.safe_load(beside.read_text(encoding="utf-8"))
-        return (
-            content,
-            f"{EDITING_FILE} beside the model: {content.get('source', 'no source given')}",
-        )
+        content = read_yaml(beside)
+        source = content.pop("source", "no source given")
+        parse_spec(content, str(beside))
+        return content, f"{EDITING_FILE} beside the model: {source}"
     for entry in _table()["models"]:
         if all(getattr(config, name, None) == value for name, value in entry["match"].items()):
             return entry, str(entry["source"])
-    return {}, "the spec"
+    return {}, "the spec; what it leaves open of the value search: MEMIT code, GPT-J"
 
 
 def _merge(method: MethodSpec, published: dict[str, Any]) -> MethodSpec:

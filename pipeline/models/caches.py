@@ -19,7 +19,7 @@ class AttentionCache(Cache):
 
 
 class RecordingCache(AttentionCache):
-    """Keeps what attention computes: layer -> keys and values, (batch, heads, tokens, head size)."""
+    """Keeps what attention computes: layer -> keys and values (batch, heads, tokens, head size)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -73,6 +73,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     """Load the causal LM from safetensors onto a device, in the spec's dtype, in evaluation mode.
 
+    `auto` is the checkpoint's dtype, but float32 for float16 on a processor.
+
     Raises:
         InputError: the weights are absent, or are pickled and the spec does not allow that.
     """
@@ -82,7 +84,7 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
-            dtype=_dtype(spec, config, device),
+            dtype=_DTYPES.get(spec.dtype, "auto"),
             use_safetensors=None if spec.allow_pickle else True,
             attn_implementation=attention_implementation(config),
         )
@@ -91,6 +93,8 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
         raise InputError(
             f"model.path: cannot load {spec.path!r}{hint}: {_first_line(error)}"
         ) from error
+    if spec.dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
+        model.float()  # processors compute float16 slowly, if at all
     nn.Module.to(model, device)
     return model.eval()
 
@@ -107,14 +111,6 @@ def fuse_activations(model: PreTrainedModel) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-def _dtype(spec: ModelSpec, config: Any, device: torch.device) -> torch.dtype | str:
-    """The spec's dtype; `auto` is the checkpoint's, but float32 for float16 on a processor."""
-    if spec.dtype != "auto":
-        return _DTYPES[spec.dtype]
-    stored = getattr(config.get_text_config(), "dtype", None)
-    return torch.float32 if device.type == "cpu" and stored == torch.float16 else "auto"
-
-
 def attention_implementation(config: Any) -> str | None:
     """Name the attention kernel, None for the architecture's own choice.
 
@@ -126,7 +122,7 @@ def attention_implementation(config: Any) -> str | None:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Identify a model's weights whatever dtype they were loaded in: a SHA-256 in hexadecimal.
+    """Identify a model's weights, in float32 and bfloat16 alike: a SHA-256 in hexadecimal.
 
     Every parameter contributes its name, shape and up to 4,096 evenly spaced entries rounded to
     bfloat16; an edited model has another fingerprint than the model it came from. Wider numbers
@@ -135,7 +131,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
-        stride = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+        stride = max(1, -(-flat.numel() // _SAMPLES_PER_TENSOR))
         sample = flat[::stride].to(torch.bfloat16).cpu().view(torch.int16)
         digest.update(json.dumps([name, list(parameter.shape)]).encode())
         digest.update(sample.numpy().tobytes())
