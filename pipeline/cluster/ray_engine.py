@@ -172,7 +172,6 @@ def _cause_of_start_failure(error: RayActorError) -> Exception | None:
 def _connect(cluster: ClusterSpec) -> None:
     if ray.is_initialized():
         return
-    # Workers do not inherit the driver's ways of finding packages otherwise; nothing is uploaded.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if cluster.address is not None:
         try:
@@ -183,7 +182,8 @@ def _connect(cluster: ClusterSpec) -> None:
                 f" ({_first_line(error)}); start one with `ray start --head`, or set it to null"
             ) from error
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's default for a cluster of its own, said aloud so that Ray does not warn of it.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray.init(
         address="local",
         num_cpus=_local_cpus(cluster),
