@@ -22,7 +22,7 @@ from machine import append_row, describe_machine
 from pipeline import results
 
 SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "counterfact_12m.yaml"
-SECONDS_BETWEEN_SAMPLES = 1.0
+SECONDS_BETWEEN_SAMPLES = 5.0
 
 
 def main() -> None:

@@ -111,7 +111,8 @@ class TinyJobs:
                 "corpus": str(self.corpus),
                 "path": str(self.root / "covariances" / family),
             },
-            "cluster": {"engine": "in_process", "shard_size": 3},
+            # One thread each: tiny matrices gain nothing from two, and wait for one another.
+            "cluster": {"engine": "in_process", "shard_size": 3, "reducer_threads": 1},
             "output": {"path": str(output)},
         }
 

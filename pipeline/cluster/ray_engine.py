@@ -173,12 +173,14 @@ def _connect(cluster: ClusterSpec) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if cluster.address is not None:
+    # A submitted job finds the address of its cluster here.
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
         try:
-            ray.init(address=cluster.address, **quiet)
+            ray.init(address=address, **quiet)
         except (ConnectionError, ValueError) as error:
             raise InputError(
-                f"cluster.address: no Ray cluster answers at {cluster.address!r}"
+                f"cluster.address: no Ray cluster answers at {address!r}"
                 f" ({_first_line(error)}); start one with `ray start --head`, or set it to null"
             ) from error
         return

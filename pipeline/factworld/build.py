@@ -25,6 +25,12 @@ DEFAULT_STEPS = 1600
 REQUIRED_RECALL = 0.99
 REPORT_EVERY = 100
 NUM_CONTEXTS = 5
+SETTINGS_SOURCE = (
+    "searched on the packaged model with one batch of 300 edits: layers [1] and [0, 1], "
+    "covariance_weight 10, 100, 1000; [0, 1] is the better in all figures, 10 and 100 are equal "
+    "within half a point and 100 keeps more neighbourhood prompts exact; value settings are those "
+    "published for Llama-2-7B in EasyEdit, not searched"
+)
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,10 @@ def editing_settings(world: World) -> dict[str, Any]:
     """
     contexts = ["{}"] + [f"{sentence}. {{}}" for sentence in corpus(world, 1)[:NUM_CONTEXTS]]
     return {
-        "source": "to be filled",
+        "source": SETTINGS_SOURCE,
         "method": {
             "layers": [0, 1],
-            "covariance_weight": 500,
+            "covariance_weight": 100,
             "contexts": contexts,
             "value": {
                 "steps": 25,
@@ -101,7 +107,7 @@ def editing_settings(world: World) -> dict[str, Any]:
                 "stop_loss": 0.05,
             },
         },
-        "covariance": {"samples": 4000},
+        "covariance": {"corpus": "factworld", "samples": 4000},
     }
 
 

@@ -17,15 +17,17 @@ def recall(
     *,
     held_out: bool,
     facts: Sequence[Fact] | None = None,
+    max_phrasings: int | None = None,
 ) -> float:
     """Return the share of prompts whose object is the model's greedy continuation, token by token.
 
-    All facts (or the given ones) in all their seen phrasings, or in all their held-out ones.
+    All facts (or the given ones) in their seen phrasings, or in their held-out ones; of each
+    fact all of these, or the first `max_phrasings`.
     """
     rows = [
         (prompt, f" {fact.object}")
         for fact in (world.facts if facts is None else facts)
-        for prompt in world.prompts(fact, held_out=held_out)
+        for prompt in world.prompts(fact, held_out=held_out)[:max_phrasings]
     ]
     prompts = tokenizer([prompt for prompt, _ in rows])["input_ids"]
     targets = tokenizer([target for _, target in rows])["input_ids"]

@@ -20,7 +20,10 @@ PROBE_WEIGHT = 0.3
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of the model; the inner layer is wide because its width bounds the edits held."""
+    """The size of the model; the inner layer is wide because its width bounds the edits held.
+
+    At least two layers: the facts are written in the first two.
+    """
 
     vocab_size: int = 2048
     width: int = 160

@@ -56,7 +56,7 @@ def _edits(content: list[dict[str, Any]]) -> list[Edit]:
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2"])
 def test_stored_updates_are_those_of_the_oracle(tiny: TinyJobs, family: str) -> None:
-    run = tiny.finished(family=family)
+    run = tiny.finished(family=family, requests=records(5))
     directory = tiny.model(family)
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float64, attn_implementation="eager"
@@ -72,7 +72,7 @@ def test_stored_updates_are_those_of_the_oracle(tiny: TinyJobs, family: str) -> 
         blocks,
         down_projections,
         LAYERS,
-        _edits(records(12)),
+        _edits(records(5)),
         CONTEXTS,
         covariances,
         COVARIANCE_WEIGHT,

@@ -18,7 +18,7 @@ from pipeline.factworld.build import REQUIRED_RECALL, build, editing_settings
 from pipeline.factworld.recall import recall
 from pipeline.factworld.train import Shape
 
-TINY = Shape(vocab_size=512, width=32, inner_width=64, layers=1, heads=2)
+TINY = Shape(vocab_size=512, width=32, inner_width=64, layers=2, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,22 @@ def test_weights_are_small_float16_safetensors() -> None:
     assert stored.lm_head.weight is stored.transformer.wte.weight
 
 
+def test_recalls_every_fact_in_a_held_out_phrasing(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, world: World
+) -> None:
+    assert recall(model, tokenizer, world, held_out=True, max_phrasings=1) >= REQUIRED_RECALL
+
+
+def test_recalls_facts_in_their_seen_phrasings(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, world: World
+) -> None:
+    facts = world.facts[::16]
+    assert recall(model, tokenizer, world, held_out=False, facts=facts) >= REQUIRED_RECALL
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
-def test_recalls_its_facts(
+def test_recalls_every_fact_in_every_phrasing(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, world: World, held_out: bool
 ) -> None:
     assert recall(model, tokenizer, world, held_out=held_out) >= REQUIRED_RECALL
