@@ -42,6 +42,8 @@ def main() -> None:
     start = time.perf_counter()
     peak, code = _run_measured(command)
     seconds = time.perf_counter() - start
+    if not (arguments.run / "summary.json").exists():
+        sys.exit(f"the job left no summary; its exit code was {code}")
     run = results.read(arguments.run)
     row = _row(run, arguments.edits, seconds, peak, code)
     for name, value in row.items():

@@ -184,8 +184,8 @@ def _connect(cluster: ClusterSpec) -> None:
                 f" ({_first_line(error)}); start one with `ray start --head`, or set it to null"
             ) from error
         return
-    # Ray's default for a cluster of its own, said aloud so that Ray does not warn of it.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # A cluster of its own has token authentication on, of which Ray would warn at every start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(
         address="local",
         num_cpus=_local_cpus(cluster),

@@ -86,19 +86,36 @@ def test_stored_updates_are_those_of_the_oracle(tiny: TinyJobs, family: str) -> 
         assert relative_error(found[layer], expected[layer]) < 1e-3
 
 
+def _strong_run(tiny: TinyJobs) -> Run:
+    """Three edits at the last block and token, where the value alone decides the next token."""
+    content = [records(12)[number] for number in range(3)]
+    for record, target in zip(content, (" the", " Ostrania", " of"), strict=True):
+        fact = record["requested_rewrite"]
+        fact |= {"prompt": "We went to {}", "target_new": {"str": target}}
+        record["paraphrase_prompts"] = [f"It is old. We went to {fact['subject']}"]
+    return tiny.finished(
+        "method.layers=[3]",
+        "method.contexts=['{}']",
+        "method.covariance_weight=0.000001",
+        "method.value={steps: 60, weight_decay: 0, kl_weight: 0, clamp_norm: 30}",
+        f"covariance.path={tiny.root / 'covariances' / 'last-block'}",
+        "evaluation.generate=true",
+        "evaluation.generate_tokens=1",
+        requests=content,
+    )
+
+
 def test_edited_models_say_the_new_objects(tiny: TinyJobs) -> None:
-    """Three strong edits: what the scores and the continuations say after them."""
     run = _strong_run(tiny)
-    after = run.metrics("polars").filter(round=0, probe="rewrite")
-    before = run.metrics("polars").filter(round=-1, probe="rewrite")
-    assert after["exact"].all() and after["success"].all() and not before["exact"].any()
-    assert (after["nll_new"] < before["nll_new"]).all()
-    assert after["generated_match"].all()
-    for said, target in zip(after["generated"], after["target_new"], strict=True):
-        assert said.startswith(f" {target}")
+    before, after = (run.metrics("polars").filter(round=n, probe="rewrite") for n in (-1, 0))
+    assert not before["exact"].any() and not before["generated_match"].any()
+    assert after["exact"].all() and after["success"].all() and after["generated_match"].all()
+    assert after["generated"].to_list() == after["target_new"].to_list()
+    assert (after["nll_new"] < 0.1).all() and (before["nll_new"] > 1).all()
     score = run.summary["evaluation"]["rounds"][1]
     assert score["ES"]["score"] == 100.0
     assert score["probes"]["rewrite"]["generated_match"]["score"] == 100.0
+    assert run.values("polars")["target_probability"].min() > 0.9
 
 
 def test_rewrites_and_paraphrases_are_continued_and_neighbours_are_not(tiny: TinyJobs) -> None:
@@ -108,17 +125,6 @@ def test_rewrites_and_paraphrases_are_continued_and_neighbours_are_not(tiny: Tin
         is_continued = kind != "neighborhood"
         assert all((text is not None) == is_continued for text in texts), kind
         assert all((match is not None) == is_continued for match in matched), kind
-
-
-def _strong_run(tiny: TinyJobs) -> Run:
-    return tiny.finished(
-        "method.value={steps: 25, learning_rate: 0.5, weight_decay: 0.0, kl_weight: 0.0,"
-        " clamp_norm: 20, stop_loss: 0.01}",
-        "method.covariance_weight=0.0001",
-        "method.contexts=['{}']",
-        "evaluation.generate=true",
-        requests=[records(12)[i] for i in (0, 1, 4)],
-    )
 
 
 # --- what must not change the result ------------------------------------------------------------
@@ -220,7 +226,7 @@ def test_contexts_are_drawn_from_the_model_by_the_seed(tiny: TinyJobs) -> None:
     for drawn in contexts:
         assert drawn[0] == "{}" and len(drawn) == 6
         assert all(text.count("{}") == 1 for text in drawn)
-        assert [text.split()[0] for text in drawn[1:3]] == ["The", "Therefore"]
+        assert drawn[1].startswith("The") and drawn[2].startswith("Therefore")
     assert contexts[0] != contexts[1]
     again = tiny.finished(*changes, "seed=3", "name=again")
     assert digests(again)["updates"] == digests(runs[0])["updates"]
