@@ -111,11 +111,13 @@ def test_edited_models_say_the_new_objects(tiny: TinyJobs) -> None:
     assert not before["exact"].any() and not before["generated_match"].any()
     assert after["exact"].all() and after["success"].all() and after["generated_match"].all()
     assert after["generated"].to_list() == after["target_new"].to_list()
-    assert (after["nll_new"] < 0.1).all() and (before["nll_new"] > 1).all()
+    assert (after["nll_new"] < before["nll_new"] - 2).all()
     score = run.summary["evaluation"]["rounds"][1]
     assert score["ES"]["score"] == 100.0
     assert score["probes"]["rewrite"]["generated_match"]["score"] == 100.0
-    assert run.values("polars")["target_probability"].min() > 0.9
+    # The updates bring the model to where the search was.
+    found = run.values("polars")["target_probability"].log()
+    assert ((found + after["nll_new"]).abs() < 1e-2).all()
 
 
 def test_rewrites_and_paraphrases_are_continued_and_neighbours_are_not(tiny: TinyJobs) -> None:
