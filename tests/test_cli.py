@@ -162,7 +162,12 @@ def test_models_that_cannot_be_edited(
         BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     ).save_pretrained(bert)
     arguments, run = edit(f"model.path={bert}", "method.layers=[0]")
-    assert "model.path" in _refused(capsys, *arguments)
+    assert "'bert' is not supported" in _refused(capsys, *arguments)
+    headless = tmp_path / "headless"
+    families.build("llama", torch.float32).model.save_pretrained(headless)
+    tokenizer.save_pretrained(headless)
+    arguments, run = edit(f"model.path={headless}")
+    assert "lacks" in _refused(capsys, *arguments)
     pickled = tmp_path / "pickled"
     families.save("gpt2", pickled)
     weights = pickled / "model.safetensors"

@@ -26,7 +26,16 @@ VALUE = {
 COVARIANCE_WEIGHT = 5.0
 CORPUS_TEXTS = 150  # more than two shards of the covariance phase
 
-_FIRST = ["Anselm", "Marguerite", "Zdeněk", "Torvald", "Brightwater", "Velmora", "Ostrania", "Oduya"]
+_FIRST = [
+    "Anselm",
+    "Marguerite",
+    "Zdeněk",
+    "Torvald",
+    "Brightwater",
+    "Velmora",
+    "Ostrania",
+    "Oduya",
+]
 _LAST = ["Quillfeather", "Kováč", "Mills", "Engine", "Port", "Rome"]
 _PROMPTS = ["The mother tongue of {} is", "{} plays the", 'They said that "{}" is in']
 _NEW = ["English", "the violin", "London", "Ostrania", "German and French"]

@@ -60,6 +60,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def family_named(model_type: str) -> Family:
+    """Return the table row of an architecture.
+
+    Raises:
+        ModelNotSupportedError: there is none.
+    """
+    if model_type not in FAMILIES:
+        raise ModelNotSupportedError(
+            f"model type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            " (a new one is one row in pipeline/models/anatomy.py)"
+        )
+    return FAMILIES[model_type]
+
+
 def family_of(model: PreTrainedModel) -> Family:
     """Return the table row for a model, after checking that every module named there exists.
 
@@ -68,12 +82,7 @@ def family_of(model: PreTrainedModel) -> Family:
             where the table says.
     """
     model_type = model.config.model_type
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise ModelNotSupportedError(
-            f"model type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
-            " (a new one is one row in pipeline/models/anatomy.py)"
-        )
+    family = family_named(model_type)
     try:
         block = model.get_submodule(family.blocks)[0]  # type: ignore[index]
         model.get_submodule(family.base)

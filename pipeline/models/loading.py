@@ -19,6 +19,7 @@ from transformers.activations import NewGELUActivation
 
 from pipeline import factworld
 from pipeline.errors import InputError
+from pipeline.models.anatomy import family_named
 from pipeline.spec import ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,15 +36,18 @@ def load_config(spec: ModelSpec) -> Any:
 
     Raises:
         InputError: there is no such model, or it needs code that the spec does not allow.
+        ModelNotSupportedError: its architecture is not covered.
     """
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"model.path: cannot load {spec.path!r}: {_first_line(error)}") from error
+    family_named(config.model_type)
+    return config
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -76,23 +80,30 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     `auto` is the checkpoint's dtype, but float32 for float16 on a processor.
 
     Raises:
-        InputError: the weights are absent, or are pickled and the spec does not allow that.
+        InputError: weights are absent, or are pickled and the spec does not allow that.
     """
     config = load_config(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
             dtype=_DTYPES.get(spec.dtype, "auto"),
             use_safetensors=None if spec.allow_pickle else True,
             attn_implementation=attention_implementation(config),
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         hint = "" if spec.allow_pickle else " (weights load from safetensors only)"
         raise InputError(
             f"model.path: cannot load {spec.path!r}{hint}: {_first_line(error)}"
         ) from error
+    if loaded["missing_keys"]:
+        # transformers fills what is missing with random numbers.
+        raise InputError(
+            f"model.path: {spec.path!r} lacks {len(loaded['missing_keys'])} weights, among them"
+            f" {min(loaded['missing_keys'])}; the checkpoint is not a whole causal language model"
+        )
     if spec.dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
         model.float()  # processors compute float16 slowly, if at all
     nn.Module.to(model, device)

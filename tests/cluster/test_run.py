@@ -123,7 +123,9 @@ def test_edited_models_say_the_new_objects(tiny: TinyJobs) -> None:
 def test_rewrites_and_paraphrases_are_continued_and_neighbours_are_not(tiny: TinyJobs) -> None:
     metrics = _strong_run(tiny).metrics("polars")
     assert len(metrics) == 2 * 3 * 4
-    for kind, texts, matched in metrics.group_by("probe").agg("generated", "generated_match").rows():
+    for kind, texts, matched in (
+        metrics.group_by("probe").agg("generated", "generated_match").rows()
+    ):
         is_continued = kind != "neighborhood"
         assert all((text is not None) == is_continued for text in texts), kind
         assert all((match is not None) == is_continued for match in matched), kind
@@ -188,7 +190,9 @@ def test_a_run_records_what_was_done(tiny: TinyJobs) -> None:
     assert manifest["peak_worker_memory_bytes"][0]["resident"] > 1e8
     assert manifest["versions"]["torch"] == torch.__version__
     listed = [json.loads(line) for line in (run.path / "manifest.jsonl").read_text().splitlines()]
-    versions = {part["weight_version"] for part in listed if part["name"].startswith("metrics/round")}
+    versions = {
+        part["weight_version"] for part in listed if part["name"].startswith("metrics/round")
+    }
     assert versions == {len(LAYERS)}
     run.verify()
 

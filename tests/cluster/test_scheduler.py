@@ -1,6 +1,5 @@
 """The scheduler over a real worker in this process: versions, losses at every call, blame."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +148,9 @@ def test_a_loss_at_any_call_changes_no_bit(
 
         monkeypatch.setattr("pipeline.cluster.run.start_engine", start)
         output = tmp_path / f"run-{len(engines)}"
-        own = spec.model_copy(update={"output": spec.output.model_copy(update={"path": str(output)})})
+        own = spec.model_copy(
+            update={"output": spec.output.model_copy(update={"path": str(output)})}
+        )
         return digests(read(run_batch_edit(own).path)), engines[-1]
 
     found, engine = run(set())
@@ -194,7 +195,6 @@ def test_a_worker_that_never_comes_back_ends_the_job(spec: JobSpec, shards: list
 # --- blame --------------------------------------------------------------------------------------
 
 
-
 def test_a_shard_is_split_down_to_the_guilty_item(scheduler: Scheduler) -> None:
     """The covariance of something that is no text fails in the tokenizer."""
     items: list[Any] = [f"The house number {number} is old." for number in range(9)]
@@ -222,9 +222,7 @@ def test_the_reason_names_the_error_in_one_line(scheduler: Scheduler, shards: li
 # --- shards -------------------------------------------------------------------------------------
 
 
-@given(
-    count=st.integers(0, 40_000), size=st.one_of(st.just("auto"), st.integers(1, 50_000))
-)
+@given(count=st.integers(0, 40_000), size=st.one_of(st.just("auto"), st.integers(1, 50_000)))
 @settings(max_examples=50, deadline=None)
 def test_shards_hold_every_request_once_in_order(count: int, size: Any) -> None:
     requests: Any = range(count)
