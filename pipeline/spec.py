@@ -127,8 +127,8 @@ class ClusterSpec(_Part):
     engine: Literal["ray", "in_process"] = "ray"
     """`in_process` runs one worker inside the driver, without Ray."""
     address: str | None = None
-    """Null starts Ray on this machine, or joins the cluster that RAY_ADDRESS names (as in a submitted
-    job); `auto` or an address joins a running cluster."""
+    """Null starts Ray on this machine, or joins the cluster that RAY_ADDRESS names (as in a
+    submitted job); `auto` or an address joins a running cluster."""
     workers: Positive | Literal["auto"] = "auto"
     """Worker actors; `auto` takes as many as the cluster's processors (or GPUs) allow."""
     cpus_per_worker: Positive = 1

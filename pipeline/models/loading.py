@@ -84,7 +84,7 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     """
     config = load_config(spec)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
@@ -98,11 +98,13 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
         raise InputError(
             f"model.path: cannot load {spec.path!r}{hint}: {_first_line(error)}"
         ) from error
-    if loaded["missing_keys"]:
+    model: PreTrainedModel = result[0]
+    missing = result[1]["missing_keys"]
+    if missing:
         # transformers fills what is missing with random numbers.
         raise InputError(
-            f"model.path: {spec.path!r} lacks {len(loaded['missing_keys'])} weights, among them"
-            f" {min(loaded['missing_keys'])}; the checkpoint is not a whole causal language model"
+            f"model.path: {spec.path!r} lacks {len(missing)} weights, among them"
+            f" {min(missing)}; the checkpoint is not a whole causal language model"
         )
     if spec.dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
         model.float()  # processors compute float16 slowly, if at all

@@ -1,5 +1,6 @@
 """The scheduler over a real worker in this process: versions, losses at every call, blame."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline import run_batch_edit
 from pipeline.cluster.engine import Call, InProcessEngine, WorkerLostError
-from pipeline.cluster.plan import cut_shards, make_plan
+from pipeline.cluster.plan import cut_shards, make_plan, probe_shards
 from pipeline.cluster.scheduler import Scheduler, Shard
 from pipeline.editing.update import Update
 from pipeline.errors import JobFailedError, WeightVersionMismatchError
@@ -64,6 +65,13 @@ def shards(spec: JobSpec) -> list[Shard]:
     return make_plan(spec).shards
 
 
+@pytest.fixture(scope="module")
+def probes(shards: list[Shard]) -> list[Shard]:
+    """The rewrite and neighbourhood probes, five a shard."""
+    (whole,) = probe_shards(shards, ["rewrite", "neighborhood"])
+    return cut_shards(whole.items, 5)
+
+
 def _update(size: float) -> Update:
     generator = torch.Generator().manual_seed(0)
     return Update.of(size * torch.randn(32, 64, generator=generator))
@@ -72,13 +80,15 @@ def _update(size: float) -> Update:
 # --- versions -----------------------------------------------------------------------------------
 
 
-def test_a_worker_refuses_another_version(scheduler: Scheduler, shards: list[Shard]) -> None:
+def test_a_worker_refuses_another_version(
+    scheduler: Scheduler, shards: list[Shard], probes: list[Shard]
+) -> None:
     items = shards[0].items
     values = torch.zeros(len(items), 32)
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("values", (items,), {"round": 0}),
         ("read_keys", (0, items, values, 0), {}),
-        ("evaluate", (items,), {"round": 0, "edit_round": 0}),
+        ("evaluate", (probes[0].items,), {"round": 0, "edit_round": 0}),
         ("save_model", ("/nowhere",), {}),
     ]
     for method, args, kwargs in calls:
@@ -156,23 +166,23 @@ def test_a_loss_at_any_call_changes_no_bit(
     found, engine = run(set())
     assert found == expected and engine.restarts == 0
     num_calls = engine.calls
-    # describe, contexts, 2 shards of values, 2 of keys for each of 2 layers, 2 updates, 2 scores,
+    # describe, contexts, 2 shards of values, 2 of keys for each of 2 layers, 2 updates, scores,
     # memory
-    assert num_calls == 13
+    assert num_calls == 12
     for number in range(num_calls):
         found, engine = run({number})
         assert found == expected, f"call {number} was lost"
         assert engine.restarts == 1
 
 
-def test_losses_while_a_worker_comes_back_are_borne(spec: JobSpec, shards: list[Shard]) -> None:
+def test_losses_while_a_worker_comes_back_are_borne(spec: JobSpec, probes: list[Shard]) -> None:
     engine = LossyEngine(spec, set())
     scheduler = _scheduler(engine)
     scheduler.apply(0, _update(0.1))
     engine.lost = {engine.calls, engine.calls + 1}  # the call, then the new worker's contexts
     settings: dict[str, Any] = {"version": 1, "round": 0, "edit_round": 0}
-    outcomes = list(scheduler.run("evaluate", shards, lambda _, items: (items,), **settings))
-    assert [len(outcome.survivors) for outcome in outcomes] == [3, 3]
+    outcomes = list(scheduler.run("evaluate", probes, lambda _, items: (items,), **settings))
+    assert [len(outcome.survivors) for outcome in outcomes] == [5, 5, 5, 3]
     assert engine.restarts == 2
 
 
@@ -217,6 +227,20 @@ def test_the_reason_names_the_error_in_one_line(scheduler: Scheduler, shards: li
     ((request, reason),) = outcome.failures
     assert request is shard.items[0] and outcome.done == []
     assert reason.startswith("TypeError: ") and "\n" not in reason
+
+
+def test_a_probe_without_a_token_is_blamed_alone(
+    scheduler: Scheduler, shards: list[Shard]
+) -> None:
+    (whole,) = probe_shards(shards, ["rewrite", "paraphrase"])
+    bad = replace(whole.items[7], prompt="")
+    items = (*whole.items[:7], bad, *whole.items[8:])
+    settings: dict[str, Any] = {"version": 0, "round": -1, "edit_round": 0}
+    (outcome,) = scheduler.run("evaluate", [Shard(0, items)], lambda _, some: (some,), **settings)
+    ((probe, reason),) = outcome.failures
+    assert probe is bad and "has no token" in reason and bad.case_id in reason
+    assert outcome.survivors == (*items[:7], *items[8:])
+    assert sum(piece.result.num_rows for piece in outcome.done) == 11
 
 
 # --- shards -------------------------------------------------------------------------------------

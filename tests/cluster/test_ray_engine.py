@@ -1,0 +1,246 @@
+"""Ray: the same bits as one process, whatever dies meanwhile. Processes are killed for real."""
+
+import logging
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.util.state import list_actors  # noqa: F401
+from transformers import AutoModelForCausalLM, BloomConfig
+
+from pipeline import run_batch_edit
+from pipeline.cluster.engine import Call, WorkerLostError
+from pipeline.cluster.plan import make_plan
+from pipeline.cluster.ray_engine import RayEngine
+from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.editing.update import Update
+from pipeline.errors import InputError, JobFailedError, WeightVersionMismatchError
+from pipeline.results import Run, read
+from pipeline.spec import JobSpec
+from tests import families
+from tests.tiny_jobs import CONTEXTS, TinyJobs, changed, digests, records
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+REQUESTS = records(72)  # more edits than a key has entries, in eight shards
+CHANGES = ("cluster.shard_size=10", "evaluation.probes=[rewrite, neighborhood]")
+ON_RAY = ("cluster.engine=ray",)
+
+
+def _on_ray(tiny: TinyJobs, output: Path, *changes: str) -> JobSpec:
+    return tiny.spec(output, *CHANGES, *ON_RAY, *changes, requests=REQUESTS)
+
+
+def _in_process(tiny: TinyJobs) -> Run:
+    return tiny.finished(*CHANGES, requests=REQUESTS)
+
+
+def _pid(actor: Any) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda _self: os.getpid()))
+
+
+class Saboteur(RayEngine):
+    """Kills the process that a call goes to, right after the call was sent.
+
+    `plan` maps a method to the numbers of its calls, from 0, that are met with a kill.
+    """
+
+    plan: dict[str, set[int]]
+    made: "list[Saboteur]"
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.seen: Counter[str] = Counter()
+        self.killed: Counter[str] = Counter()
+        self.restarts = 0
+        super().__init__(spec)
+        self.made.append(self)
+
+    def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
+        victim = self._victim(method, self._workers[worker])
+        call = super().submit(worker, method, *args, **kwargs)
+        self._kill(method, victim)
+        return call
+
+    def reduce(self, method: str, *args: Any) -> Any:
+        self._kill(method, self._victim(method, self._reducer))
+        return super().reduce(method, *args)
+
+    def restart(self, worker: int) -> None:
+        self.restarts += 1
+        super().restart(worker)
+
+    def _victim(self, method: str, actor: Any) -> int | None:
+        number = self.seen[method]
+        self.seen[method] += 1
+        return _pid(actor) if number in self.plan.get(method, ()) else None
+
+    def _kill(self, method: str, pid: int | None) -> None:
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            self.killed[method] += 1
+
+
+@pytest.fixture
+def sabotage(monkeypatch: pytest.MonkeyPatch) -> type[Saboteur]:
+    """The engine that jobs of this test get; set its plan."""
+    monkeypatch.setattr(Saboteur, "plan", {}, raising=False)
+    monkeypatch.setattr(Saboteur, "made", [], raising=False)
+    monkeypatch.setattr("pipeline.cluster.ray_engine.RayEngine", Saboteur)
+    return Saboteur
+
+
+# --- the same bits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_any_number_of_workers_gives_the_bits_of_one_process(
+    tiny: TinyJobs, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    spec = _on_ray(
+        tiny, tmp_path / "run", f"cluster.workers={workers}", "cluster.stall_seconds=0.001"
+    )
+    with caplog.at_level(logging.WARNING, logger="pipeline"):
+        run = read(run_batch_edit(spec).path)
+    assert digests(run) == digests(_in_process(tiny))
+    assert run.manifest["workers"]["count"] == workers
+    assert len(run.manifest["peak_worker_memory_bytes"]) == workers
+    assert ray.is_initialized(), "a cluster that was there before stays"
+    # A thousandth of a second is soon over: what is still out is named.
+    assert "values: nothing finished for" in caplog.text and "shard 0 on worker 0" in caplog.text
+
+
+# --- deaths -------------------------------------------------------------------------------------
+
+_DEATHS: dict[str, dict[str, set[int]]] = {
+    "values": {"values": {2}},
+    "read_keys": {"read_keys": {11}},  # in the second layer, when the first one is edited
+    "evaluate": {"evaluate": {1}},
+    "add": {"add": {10}},
+}
+_ALL_DEATHS = {method: numbers for death in _DEATHS.values() for method, numbers in death.items()}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(_ALL_DEATHS, id="all"),
+        *(pytest.param(plan, id=name, marks=pytest.mark.slow) for name, plan in _DEATHS.items()),
+    ],
+)
+def test_killed_processes_change_no_bit(
+    tiny: TinyJobs, tmp_path: Path, sabotage: type[Saboteur], plan: dict[str, set[int]]
+) -> None:
+    sabotage.plan = plan
+    run = read(run_batch_edit(_on_ray(tiny, tmp_path / "run", "cluster.workers=2")).path)
+    (engine,) = sabotage.made
+    assert engine.killed == {method: len(numbers) for method, numbers in plan.items()}
+    assert engine.restarts >= sum(method != "add" for method in plan)
+    assert digests(run) == digests(_in_process(tiny))
+    run.verify()
+    assert Counter(run.edits()["case_id"].to_pylist()) == {str(n): 1 for n in range(72)}
+    metrics = run.metrics()
+    keys = zip(
+        *(metrics[name].to_pylist() for name in ("round", "case_id", "probe", "probe_index")),
+        strict=True,
+    )
+    assert len(set(keys)) == len(metrics) == 2 * 72 * 3
+
+
+def test_a_worker_that_always_dies_ends_the_job(
+    tiny: TinyJobs, tmp_path: Path, sabotage: type[Saboteur]
+) -> None:
+    sabotage.plan = {"values": set(range(1, 100))}
+    spec = _on_ray(tiny, tmp_path / "run", "cluster.workers=1", "cluster.max_retries=1")
+    with pytest.raises(JobFailedError, match=r"shard 1 was lost 2 times.*finished parts are kept"):
+        run_batch_edit(spec)
+    assert sabotage.made[0].killed["values"] == 2
+    run = read(tmp_path / "run")
+    assert run.manifest["status"] == "running" and not run.updates()
+    assert len(run.files("values")) == 1 and run.values().num_rows == 10
+    expected = {row["case_id"]: row["z"] for row in _in_process(tiny).values().to_pylist()}
+    assert all(expected[row["case_id"]] == row["z"] for row in run.values().to_pylist())
+
+
+def test_a_reducer_that_always_dies_ends_the_job(
+    tiny: TinyJobs, tmp_path: Path, sabotage: type[Saboteur]
+) -> None:
+    sabotage.plan = {"solve": set(range(100))}
+    changes = ["cluster.workers=1", "cluster.max_retries=1", "evaluation.probes=[]"]
+    with pytest.raises(JobFailedError, match=r"layer 0: the reducer keeps dying"):
+        run_batch_edit(_on_ray(tiny, tmp_path / "run", *changes))
+    assert sabotage.made[0].killed["solve"] == 2 and not read(tmp_path / "run").updates()
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: TinyJobs, local_ray: None) -> Iterator[RayEngine]:
+    spec = tiny.spec(tiny.root / "unused", *ON_RAY, "cluster.workers=1")
+    engine = RayEngine(make_plan(spec).spec)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def scheduler(engine: RayEngine) -> Iterator[Scheduler]:
+    scheduler = Scheduler(engine, max_retries=1, stall_seconds=60)
+    scheduler.set_contexts(tuple(CONTEXTS))
+    yield scheduler
+    if scheduler.version:  # the next test gets an unedited worker
+        engine.restart(0)
+
+
+def test_errors_of_ours_come_back_as_they_were_raised(scheduler: Scheduler) -> None:
+    with pytest.raises(WeightVersionMismatchError, match="holds 0 updates, 4 are expected"):
+        scheduler.call("save_model", "/nowhere", version=4)
+    (outcome,) = scheduler.run("covariance", [Shard(0, ("a house", 17))], lambda _, i: (i, None))
+    assert [item for item, _ in outcome.failures] == [17]
+    assert outcome.survivors == ("a house",)
+
+
+def test_a_killed_worker_comes_back_at_the_version_of_the_others(
+    engine: RayEngine, scheduler: Scheduler
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    update = Update.of(torch.randn(32, 64, generator=generator))
+    scheduler.apply(0, update)
+    scheduler.apply(1, update)
+    before = scheduler.call("describe").process
+    os.kill(before, signal.SIGKILL)
+    with pytest.raises(WorkerLostError):
+        while True:  # until Ray has seen it
+            engine.result(engine.submit(0, "describe"))
+    assert scheduler.call("apply", 1, update, version=1) == 2  # it has been applied already
+    assert scheduler.call("describe").process != before
+
+
+def test_a_worker_that_cannot_start_is_the_input_s_fault(tiny: TinyJobs, tmp_path: Path) -> None:
+    config = BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    families.build_tokenizer().save_pretrained(tmp_path / "bloom")
+    settings = changed(
+        tiny.settings(tmp_path / "run"),
+        *ON_RAY,
+        "cluster.workers=1",
+        f"model.path={tmp_path / 'bloom'}",
+    )
+    with pytest.raises(InputError, match=r"^model type 'bloom' is not supported; .*gpt2") as caught:
+        run_batch_edit(JobSpec.model_validate(settings))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_actor_is_left_behind(engine: RayEngine) -> None:
+    """All jobs of this file before this one have ended, in one way or the other."""
+    alive = ray._private.state.state.actor_table(None)
+    classes = Counter(
+        actor["ActorClassName"] for actor in alive.values() if actor["State"] == "ALIVE"
+    )
+    assert classes == {"EditWorker": 1, "Reducer": 1}
