@@ -1,80 +1,129 @@
-"""A run's updates in a plain transformers model: applied, taken out again, exported."""
+"""Putting a run's updates into a model and taking them out again."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from pipeline import apply_updates, export_model, run_batch_edit
+from pipeline import apply_updates, run_batch_edit
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
-from pipeline.results import read
-from tests.tiny_jobs import TinyJobs
+from pipeline.models.editable import EditableModel
+from pipeline.results.updates import read_update
+from tests import families
+from tests.tiny_jobs import LAYERS, TinyJobs
+
+FAMILY_NAMES = ["gpt2", "llama", "gemma2"]
 
 
-def _load(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+def _load(tiny: TinyJobs, family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny.model(family), dtype=dtype).eval()
 
 
-def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.clone() for name, parameter in model.named_parameters()}
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def _differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name in a if not torch.equal(a[name], b[name])}
+def _differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_updates_go_in_and_out_to_the_bit(tiny: TinyJobs, family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_revert_restores_the_exact_bits(tiny: TinyJobs, family: str, dtype: torch.dtype) -> None:
     run = tiny.finished(family=family)
-    model = _load(tiny.model(family), dtype)
-    before = _weights(model)
+    model = _load(tiny, family, dtype)
+    before = _state(model)
     applied = apply_updates(model, run.path)
-    after = _weights(model)
-    edited = {path.stem for path in run.updates()}
-    assert len(_differing(before, after)) == len(edited) == 2
+    edited = _state(model)
+    weights = {EditableModel(model).weight_name(layer) for layer in LAYERS}
+    assert _differing(before, edited) == weights
+    assert all(tensor.dtype == before[name].dtype for name, tensor in edited.items())
     applied.revert()
-    assert not _differing(before, _weights(model))
+    assert not _differing(before, _state(model))
+    # And once more: nothing of the first time is left.
+    apply_updates(model, str(run.path))
+    assert not _differing(edited, _state(model))
 
 
-def test_another_model_and_an_edited_one_are_refused(tiny: TinyJobs) -> None:
-    run = tiny.finished()
-    with pytest.raises(FingerprintMismatchError, match="fingerprint"):
-        apply_updates(_load(tiny.model("llama")), run.path)
-    model = _load(tiny.model())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_weight_is_the_sum_rounded_once(tiny: TinyJobs, family: str, dtype: torch.dtype) -> None:
+    run = tiny.finished(family=family)
+    model = _load(tiny, family, dtype)
+    _, modules = families.modules(model, family)
+    before = [modules[layer].get_parameter("weight").detach().clone() for layer in LAYERS]
     apply_updates(model, run.path)
+    for layer, path, old in zip(LAYERS, run.updates(), before, strict=True):
+        update = read_update(path)[1].matrix()
+        update = update.T if isinstance(modules[layer], Conv1D) else update
+        expected = (old.float() + update).to(dtype)
+        assert torch.equal(modules[layer].get_parameter("weight"), expected)
+        assert not torch.equal(old, expected)
+
+
+def test_the_model_in_memory_is_the_one_of_the_run(tiny: TinyJobs, tmp_path: Path) -> None:
+    spec = tiny.spec(tmp_path / "run", "output.save_model=true")
+    result = run_batch_edit(spec)
+    model = _load(tiny, "gpt2")
+    apply_updates(model, result.path)
+    saved = AutoModelForCausalLM.from_pretrained(result.path / "model", dtype=torch.float32)
+    assert not _differing(_state(saved), _state(model))
+
+
+def test_another_model_is_refused(tiny: TinyJobs) -> None:
+    run = tiny.finished()
+    for family in ("llama", "gptj"):
+        model = _load(tiny, family)
+        before = _state(model)
+        with pytest.raises(FingerprintMismatchError, match="made for a model with fingerprint"):
+            apply_updates(model, run.path)
+        assert not _differing(before, _state(model))
+    other = _load(tiny, "gpt2")
+    other.transformer.h[3].ln_1.bias.data[0] += 0.5
+    with pytest.raises(FingerprintMismatchError, match=str(tiny.model())):
+        apply_updates(other, run.path)
+
+
+def test_an_edited_model_is_refused(tiny: TinyJobs) -> None:
+    run = tiny.finished()
+    model = _load(tiny, "gpt2")
+    applied = apply_updates(model, run.path)
+    edited = _state(model)
     with pytest.raises(FingerprintMismatchError, match="load the unedited"):
         apply_updates(model, run.path)
+    assert not _differing(edited, _state(model))
+    applied.revert()
+    apply_updates(model, run.path)
 
 
-def test_a_damaged_update_is_refused(tiny: TinyJobs, tmp_path: Path) -> None:
-    result = run_batch_edit(tiny.spec(tmp_path / "run"))
-    path = read(result.path).updates()[0]
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(bytes(content))
-    model = _load(tiny.model())
-    before = _weights(model)
-    with pytest.raises(ResultsDamagedError, match=path.name):
-        apply_updates(model, result.path)
-    assert not _differing(before, _weights(model))
+def test_damaged_and_missing_updates_are_refused(tiny: TinyJobs, tmp_path: Path) -> None:
+    model = _load(tiny, "gpt2")
+    before = _state(model)
+    with pytest.raises(InputError, match="not a run directory"):
+        apply_updates(model, tmp_path)
+    run = Path(shutil.copytree(tiny.finished().path, tmp_path / "run"))
+    update = next(run.glob("updates/*/layer-00001.safetensors"))
+    data = bytearray(update.read_bytes())
+    data[-5] ^= 1
+    update.write_bytes(data)
+    with pytest.raises(ResultsDamagedError, match="layer-00001"):
+        apply_updates(model, run)
+    update.unlink()
+    with pytest.raises(ResultsDamagedError, match="layer-00001.*is missing"):
+        apply_updates(model, run)
+    assert not _differing(before, _state(model))
 
 
-def test_saved_and_exported_models_are_the_edited_model(tiny: TinyJobs, tmp_path: Path) -> None:
-    result = run_batch_edit(tiny.spec(tmp_path / "run", "output.save_model=true"))
-    export_model(result.path, tmp_path / "exported")
-    model = _load(tiny.model())
-    apply_updates(model, result.path)
-    expected = _weights(model)
-    for directory in (result.path / "model", tmp_path / "exported"):
-        assert not _differing(expected, _weights(_load(directory)))
-        AutoTokenizer.from_pretrained(directory)
-        card = (directory / "README.md").read_text(encoding="utf-8")
-        assert "12 facts" in card and "knowledge-editing" in card
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_an_export_never_overwrites(tiny: TinyJobs, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="exists already"):
-        export_model(tiny.finished().path, tmp_path)
+def test_an_unfinished_run_has_no_whole_set_of_updates(tiny: TinyJobs, tmp_path: Path) -> None:
+    """A job that was stopped between two layers leaves half an edit."""
+    run = Path(shutil.copytree(tiny.finished().path, tmp_path / "run"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+    model = _load(tiny, "gpt2")
+    with pytest.raises(InputError, match="not finished"):
+        apply_updates(model, run)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pipeline.editing.update import Update
 from pipeline.errors import ResultsDamagedError
@@ -43,7 +43,7 @@ def read_update(path: Path) -> tuple[int, Update, dict[str, str]]:
             metadata: dict[str, str] = file.metadata() or {}
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         weight, layer = metadata["weight"], int(metadata["layer"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ResultsDamagedError(f"{path} is not an update file: {error}") from error
     named = {name.removeprefix(f"{weight}."): tensor for name, tensor in parts.items()}
     if set(named) not in ({"dense"}, {"left", "right"}):
