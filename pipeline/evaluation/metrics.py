@@ -21,7 +21,8 @@ probes. Its draws come from a constant seed.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +31,6 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation.probes import Probe
 from pipeline.results.schemas import PROBES
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.scoring import Score
 
 RESAMPLES = 1000
 SCORES = {"ES": "rewrite", "PS": "paraphrase", "NS": "neighborhood"}
@@ -44,6 +42,24 @@ _DRAWS_AT_ONCE = 2_000_000
 _ANSWER_IS_TRUE = frozenset({"neighborhood", "locality"})
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model says to one probe.
+
+    Attributes:
+        nll_new: mean negative log-likelihood of a token of `target_new`, in nats; None without one.
+            Not a number if the model's logits are not.
+        nll_true: the same of `target_true`.
+        success: see `is_success`.
+        exact: see `exact`.
+    """
+
+    nll_new: float | None
+    nll_true: float | None
+    success: bool | None
+    exact: bool | None
 
 
 def is_success(kind: str, nll_new: float | None, nll_true: float | None) -> bool | None:
@@ -102,7 +118,7 @@ def interval(values: Sequence[float] | Floats) -> tuple[float, float]:
 
 def rows(
     probes: Sequence[Probe],
-    scores: Sequence["Score"],
+    scores: Sequence[Score],
     *,
     round: int,
     edit_round: int,

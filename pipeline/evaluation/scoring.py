@@ -5,7 +5,6 @@ are batched, and only positions that predict an answer are projected onto the vo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import InputError
-from pipeline.evaluation.metrics import exact, is_success
+from pipeline.evaluation.metrics import Score, exact, is_success
 from pipeline.evaluation.packing import (
     EncodedProbes,
     Ints,
@@ -28,24 +27,6 @@ from pipeline.models.editable import EditableModel
 
 LOGIT_BYTES = 32 << 20
 """Memory for logits at one time; the vocabulary projection is cut to fit."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """What the model says to one probe.
-
-    Attributes:
-        nll_new: mean negative log-likelihood of a token of `target_new`, in nats; None without one.
-            Not a number if the model's logits are not.
-        nll_true: the same of `target_true`.
-        success: see `pipeline.evaluation.metrics.is_success`.
-        exact: see `pipeline.evaluation.metrics.exact`.
-    """
-
-    nll_new: float | None
-    nll_true: float | None
-    success: bool | None
-    exact: bool | None
 
 
 def score(

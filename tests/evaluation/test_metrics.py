@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.metrics import (
+    Score,
     exact,
     expected,
     harmonic_mean,
@@ -21,7 +22,6 @@ from pipeline.evaluation.metrics import (
     summarise,
 )
 from pipeline.evaluation.probes import Probe
-from pipeline.evaluation.scoring import Score
 from pipeline.results.schemas import conform
 
 NLL = st.floats(0, 50)

@@ -21,9 +21,9 @@ from transformers import (
 
 from pipeline.errors import InputError
 from pipeline.evaluation import packing, scoring
-from pipeline.evaluation.metrics import rows, summarise
+from pipeline.evaluation.metrics import Score, rows, summarise
 from pipeline.evaluation.probes import Kind, Probe, probes_of
-from pipeline.evaluation.scoring import Score, probe_lengths, score
+from pipeline.evaluation.scoring import probe_lengths, score
 from pipeline.models.editable import EditableModel
 from pipeline.results.schemas import conform
 from pipeline.sources import read_requests

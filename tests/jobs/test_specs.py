@@ -1,37 +1,79 @@
-"""Every spec that is shipped is valid, and every job is a thin door to the command."""
+"""The specs and scripts that are shipped: they fit the settings as they are today."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline.cluster.plan import make_plan
 from pipeline.errors import InputError
-from pipeline.spec import load_spec
+from pipeline.spec import JobSpec, load_spec
 
-JOBS = Path(__file__).parents[2] / "jobs"
-ARGUMENTS = ["model.path=m", "requests.path=r", "covariance.corpus=c"]
+ROOT = Path(__file__).parents[2]
+SPECS = sorted((ROOT / "jobs" / "specs").glob("*.yaml"))
+SCRIPTS = sorted((ROOT / "jobs").glob("*.py"))
 
-
-@pytest.mark.parametrize("path", sorted(JOBS.glob("specs/*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_spec_is_valid(path: Path) -> None:
-    assert load_spec(path, ARGUMENTS).name
-
-
-def test_paths_of_the_counterfact_spec_are_arguments() -> None:
-    with pytest.raises(InputError, match=r"model\.path"):
-        load_spec(JOBS / "specs" / "counterfact_12m.yaml")
+# Paths that a spec leaves to its user.
+ARGUMENTS = {
+    "counterfact_12m": [
+        "model.path=MODEL", "requests.path=COUNTERFACT.json", "covariance.corpus=CORPUS.json"
+    ],
+}
 
 
-@pytest.mark.parametrize("path", sorted(JOBS.glob("*.py")), ids=lambda path: path.stem)
-def test_a_job_explains_itself(path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(path), "--help"],
-        cwd=JOBS.parent,
-        env={"PYTHONPATH": str(JOBS.parent), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "SPEC" in ended.stdout
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_a_spec_is_valid(path: Path) -> None:
+    spec = load_spec(path, ARGUMENTS.get(path.stem))
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert spec.name == written.get("name", JobSpec().name)
+    for part, settings in written.items():
+        if isinstance(settings, dict):
+            assert set(settings) <= set(spec.model_dump()[part])
+
+
+def test_what_the_user_has_to_name_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"counterfact_12m\.yaml: model\.path"):
+        load_spec(ROOT / "jobs" / "specs" / "counterfact_12m.yaml")
+    covered = {path.stem for path in SPECS}
+    assert set(ARGUMENTS) <= covered
+
+
+def test_quickstart_is_what_the_command_does() -> None:
+    """`editfleet quickstart` and its spec promise to be one job."""
+    spec = load_spec(ROOT / "jobs" / "specs" / "quickstart.yaml")
+    command = load_spec(None, ["name=quickstart", "requests.limit=200", "cluster.workers=2"])
+    assert spec == command
+    assert make_plan(spec).num_requests == 200
+
+
+def test_the_real_spec_fits_the_real_model(shared: Path) -> None:
+    paths = [
+        f"model.path={shared / 'models' / 'counterfact-12m'}",
+        f"requests.path={shared / 'data' / 'counterfact_20k.json'}",
+    ]
+    overrides = [*ARGUMENTS["counterfact_12m"], *paths]
+    spec = load_spec(ROOT / "jobs" / "specs" / "counterfact_12m.yaml", overrides)
+    plan = make_plan(spec)
+    assert plan.num_requests == 1000 and plan.spec.method.covariance_weight == 2000
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_the_command(script: Path, tmp_path: Path) -> None:
+    """Run from elsewhere, as `ray job submit` does with an uploaded folder on the path."""
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, str(script), *arguments],
+            cwd=ROOT,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    helped = run("--help")
+    assert helped.returncode == 0 and "SPEC" in helped.stdout and "--set" in helped.stdout
+    refused = run(str(tmp_path / "none.yaml"))
+    assert refused.returncode == 2 and refused.stderr.startswith("editfleet: ")
