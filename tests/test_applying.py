@@ -114,7 +114,7 @@ def test_damaged_and_missing_updates_are_refused(tiny: TinyJobs, tmp_path: Path)
     with pytest.raises(ResultsDamagedError, match="layer-00001"):
         apply_updates(model, run)
     update.unlink()
-    with pytest.raises(ResultsDamagedError, match="layer-00001.*is missing"):
+    with pytest.raises(ResultsDamagedError, match=r"layer-00001.*is missing"):
         apply_updates(model, run)
     assert not _differing(before, _state(model))
 

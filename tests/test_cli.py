@@ -128,8 +128,14 @@ def test_a_wrong_setting(
 
 def test_settings_can_be_overridden_more_than_once(cli: Cli, spec: Path, tmp_path: Path) -> None:
     result = cli(
-        "edit", spec, "--set", "requests.limit=2", "--set", "evaluation.probes=[rewrite]",
-        "--set", "requests.limit=3",
+        "edit",
+        spec,
+        "--set",
+        "requests.limit=2",
+        "--set",
+        "evaluation.probes=[rewrite]",
+        "--set",
+        "requests.limit=3",
     )
     assert result.code == 0, result
     run = read(tmp_path / "out")
@@ -197,7 +203,10 @@ def test_architectures_that_are_not_covered(cli: Cli, spec: Path, tmp_path: Path
         "bloom": AutoModelForCausalLM.from_config(BloomConfig(**small, n_layer=2, n_head=4)),
         "bert": BertLMHeadModel(
             BertConfig(
-                **small, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                **small,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
                 is_decoder=True,
             )
         ),
@@ -332,7 +341,9 @@ def test_a_run_directory_that_is_not_empty(cli: Cli, spec: Path, tmp_path: Path)
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         result = cli("edit", spec, "--set", f"output.path={output}")
-        assert result.code == 2 and result.err.startswith("editfleet: ") and str(output) in result.err
+        assert (
+            result.code == 2 and result.err.startswith("editfleet: ") and str(output) in result.err
+        )
         assert len(result.err.strip().splitlines()) == 1
 
 
@@ -426,14 +437,19 @@ def test_a_process_shows_no_traceback(tiny: TinyJobs, spec: Path, tmp_path: Path
 
 
 @pytest.mark.cluster
-def test_a_process_starts_and_ends_its_own_ray(
-    tiny: TinyJobs, spec: Path, tmp_path: Path
-) -> None:
+def test_a_process_starts_and_ends_its_own_ray(tiny: TinyJobs, spec: Path, tmp_path: Path) -> None:
     """Nothing of it is left: no process, and the run is the same bits as in this process."""
     secret = "hf_marker0000SECRET"
     result = _process(
-        "edit", spec, "--set", "cluster.engine=ray", "--set", "cluster.workers=1",
-        timeout=280, HF_TOKEN=secret, RAY_ADDRESS="",
+        "edit",
+        spec,
+        "--set",
+        "cluster.engine=ray",
+        "--set",
+        "cluster.workers=1",
+        timeout=280,
+        HF_TOKEN=secret,
+        RAY_ADDRESS="",
     )
     assert result.code == 0, result.err
     assert "Traceback" not in result.err and "12 applied" in result.out

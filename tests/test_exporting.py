@@ -33,7 +33,9 @@ def _logits(model: PreTrainedModel, directory: Path) -> Tensor:
 
 
 def _with_model(tiny: TinyJobs, output: Path, *changes: str, **choices: Any) -> Run:
-    return read(run_batch_edit(tiny.spec(output, "output.save_model=true", *changes, **choices)).path)
+    return read(
+        run_batch_edit(tiny.spec(output, "output.save_model=true", *changes, **choices)).path
+    )
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

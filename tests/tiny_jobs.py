@@ -1,4 +1,4 @@
-"""Whole jobs on tiny models: their models, corpora, request files and specs, made once a session."""
+"""Whole jobs on tiny models: the models, corpus, request files and specs, made once a session."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ Record = dict[str, Any]
 
 
 def records(count: int) -> list[Record]:
-    """CounterFact records, each with one paraphrase and two neighbours; the same ones every time."""
+    """CounterFact records, each with a paraphrase and two neighbours; the same ones every time."""
     pairs = [(prompt, f"{a} {b}") for prompt in _PROMPTS for a in _FIRST for b in _LAST]
     random.Random(0).shuffle(pairs)
     return [_record(number, prompt, who) for number, (prompt, who) in enumerate(pairs[:count])]

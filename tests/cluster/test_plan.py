@@ -63,7 +63,9 @@ def test_the_longest_prompt_that_is_accepted_runs(tiny: TinyJobs, tmp_path: Path
     for words in range(60, 140):
         content[0]["requested_rewrite"]["prompt"] = "the " * words + "{} is"
         spec = tiny.spec(
-            tmp_path / "run", "evaluation.probes=[rewrite]", "evaluation.generate=true",
+            tmp_path / "run",
+            "evaluation.probes=[rewrite]",
+            "evaluation.generate=true",
             requests=content,
         )
         try:
@@ -124,7 +126,7 @@ def test_a_conflict_can_stop_the_job(tiny: TinyJobs, tmp_path: Path) -> None:
         key: content[0]["requested_rewrite"][key] for key in ("prompt", "subject")
     }
     spec = tiny.spec(tmp_path / "run", "requests.on_conflict=error", requests=content)
-    with pytest.raises(InputError, match="rows 0 .*, 1 .*different targets"):
+    with pytest.raises(InputError, match=r"rows 0 .*, 1 .*different targets"):
         run_batch_edit(spec)
     assert not (tmp_path / "run").exists()
 
@@ -201,5 +203,5 @@ def test_the_embedded_model_is_the_default(tmp_path: Path) -> None:
     assert [row.row for row in some.rows] == [5, 6, 7]
     first = [request for shard in plan.shards for request in shard.items][5:8]
     assert [request for shard in some.shards for request in shard.items] == first
-    with pytest.raises(InputError, match="enough|facts|leaves none"):
+    with pytest.raises(InputError, match=r"enough|facts|leaves none"):
         make_plan(JobSpec.model_validate({"requests": {"offset": 10**6}}))

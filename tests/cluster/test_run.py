@@ -203,7 +203,8 @@ def test_every_request_and_probe_has_one_row(tiny: TinyJobs) -> None:
     assert sorted(run.edits()["case_id"].to_pylist()) == names
     assert sorted(run.values()["case_id"].to_pylist()) == names
     metrics = run.metrics()
-    keys = zip(*(metrics[c].to_pylist() for c in ("round", "case_id", "probe", "probe_index")))
+    columns = ("round", "case_id", "probe", "probe_index")
+    keys = zip(*(metrics[column].to_pylist() for column in columns), strict=True)
     assert len(set(keys)) == len(metrics) == 2 * 72 * 4
 
 
@@ -337,7 +338,7 @@ def test_a_batch_in_which_all_requests_fail_ends_the_job(tiny: TinyJobs, tmp_pat
         record["requested_rewrite"]["subject"] = "☃" * (record["case_id"] + 1)
     model = _model_that_drops_snowmen(tiny, tmp_path / "model")
     spec = tiny.spec(tmp_path / "run", f"model.path={model}", requests=content)
-    with pytest.raises(JobFailedError, match="no request has a value.*no token.*see"):
+    with pytest.raises(JobFailedError, match=r"no request has a value.*no token.*see"):
         run_batch_edit(spec)
     run = read(tmp_path / "run")
     assert run.manifest["status"] != "finished" and not run.updates()

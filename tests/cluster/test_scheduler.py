@@ -229,9 +229,7 @@ def test_the_reason_names_the_error_in_one_line(scheduler: Scheduler, shards: li
     assert reason.startswith("TypeError: ") and "\n" not in reason
 
 
-def test_a_probe_without_a_token_is_blamed_alone(
-    scheduler: Scheduler, shards: list[Shard]
-) -> None:
+def test_a_probe_without_a_token_is_blamed_alone(scheduler: Scheduler, shards: list[Shard]) -> None:
     (whole,) = probe_shards(shards, ["rewrite", "paraphrase"])
     bad = replace(whole.items[7], prompt="")
     items = (*whole.items[:7], bad, *whole.items[8:])

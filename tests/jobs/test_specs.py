@@ -18,7 +18,9 @@ SCRIPTS = sorted((ROOT / "jobs").glob("*.py"))
 # Paths that a spec leaves to its user.
 ARGUMENTS = {
     "counterfact_12m": [
-        "model.path=MODEL", "requests.path=COUNTERFACT.json", "covariance.corpus=CORPUS.json"
+        "model.path=MODEL",
+        "requests.path=COUNTERFACT.json",
+        "covariance.corpus=CORPUS.json",
     ],
 }
 

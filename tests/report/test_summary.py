@@ -1,39 +1,83 @@
-"""The summary as a person sees it."""
+"""The summary tables: the figures of summary.json, as a person reads them."""
 
+import io
 from typing import Any
 
 from rich.console import Console
 
+from pipeline.evaluation.metrics import SCORES
 from pipeline.report.summary import problem_lines, summary_tables
 from tests.tiny_jobs import TinyJobs
 
 
-def _shown(summary: dict[str, Any]) -> str:
-    console = Console(width=80, record=True, force_terminal=False)
+def _printed(summary: dict[str, Any], width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(summary_tables(summary))
-    return console.export_text()
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
-def test_a_run_fits_eighty_columns(tiny: TinyJobs) -> None:
+def _cell(score: dict[str, float]) -> str:
+    return f"{score['score']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
+
+
+def test_every_score_of_a_run_is_shown(tiny: TinyJobs) -> None:
     summary = tiny.finished().summary
-    text = _shown(summary)
-    assert max(len(line) for line in text.splitlines()) <= 80
-    after = summary["evaluation"]["rounds"][1]["NS"]
-    assert f"{after['score']:.1f} [{after['low']:.1f}, {after['high']:.1f}]" in text
-    assert "12 applied, 0 rejected, 0 conflict, 0 failed" in text
-    for name in ("rewrite (ES)", "paraphrase (PS)", "neighbourhood (NS)", "harmonic mean (S)"):
-        assert name in text
-    assert "values" in text.split("time:")[1]
+    text = _printed(summary)
+    rounds = summary["evaluation"]["rounds"]
+    assert [entry["round"] for entry in rounds] == [-1, 0]
+    for name, kind in SCORES.items():
+        lines = [line for line in text.splitlines() if f"({name})" in line]
+        assert len(lines) == 1 and "unedited" in lines[0]
+        edited = text.splitlines()[text.splitlines().index(lines[0]) + 1]
+        assert "edited" in edited and "unedited" not in edited
+        for line, entry in zip((lines[0], edited), rounds, strict=True):
+            assert _cell(entry[name]) in line
+            assert _cell(entry["probes"][kind]["exact"]) in line
+    assert all(_cell(entry["S"]) in text for entry in rounds)
+    assert "requests: 12 applied, 0 rejected, 0 conflict, 0 failed" in text
+    for phase, seconds in summary["seconds"].items():
+        assert f"{phase} {seconds:.1f} s" in text
+    assert text.startswith("tiny: per cent [95 % interval]")
 
 
-def test_without_an_evaluation_there_is_no_table(tiny: TinyJobs) -> None:
-    text = _shown(tiny.finished("evaluation.probes=[]").summary)
-    assert "ES" not in text and "12 applied" in text
+def test_intervals_hold_their_score(tiny: TinyJobs) -> None:
+    for entry in tiny.finished().summary["evaluation"]["rounds"]:
+        scores = [entry[name] for name in (*SCORES, "S")]
+        scores += [probe["exact"] for probe in entry["probes"].values()]
+        for score in scores:
+            assert 0.0 <= score["low"] <= score["score"] <= score["high"] <= 100.0
 
 
-def test_problems_are_lines_and_not_too_many() -> None:
-    rows = [{"case_id": str(i), "status": "rejected", "reason": f"row {i}\nbad"} for i in range(30)]
-    rows.append({"case_id": "fine", "status": "applied", "reason": ""})
+def test_a_run_without_evaluation_shows_the_rest(tiny: TinyJobs) -> None:
+    text = _printed(tiny.finished("evaluation.probes=[]").summary)
+    assert "12 applied" in text and "values" in text and "per cent" not in text
+
+
+def test_scores_that_are_not_defined_are_left_empty(tiny: TinyJobs) -> None:
+    changes = ["evaluation.baseline=false", "evaluation.probes=[rewrite]"]
+    text = _printed(tiny.finished(*changes).summary)
+    (paraphrase,) = (line for line in text.splitlines() if "(PS)" in line)
+    assert "[" not in paraphrase and "None" not in text and "nan" not in text
+    assert "unedited" not in text
+
+
+def test_a_narrow_terminal_loses_nothing(tiny: TinyJobs) -> None:
+    text = _printed(tiny.finished().summary, width=60)
+    assert text.count("[") >= 14 and "applied" in text
+
+
+def test_problems_are_one_line_each_and_counted() -> None:
+    rows = [
+        {
+            "case_id": str(number),
+            "status": "applied" if number % 2 else "rejected",
+            "reason": "a\nb",
+        }
+        for number in range(60)
+    ]
     lines = problem_lines(rows)
-    assert lines[0] == "rejected: 0: row 0 bad"
-    assert len(lines) == 21 and "10 more" in lines[-1]
+    assert len(lines) == 21 and lines[0] == "rejected: 0: a b"
+    assert all("\n" not in line for line in lines)
+    assert "10 more" in lines[-1] and "edits/" in lines[-1]
+    assert problem_lines([row for row in rows if row["status"] == "applied"]) == []
