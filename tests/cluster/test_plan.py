@@ -45,7 +45,7 @@ def test_a_prompt_longer_than_the_context_is_rejected(
 def test_length_counts_contexts_and_targets(tiny: TinyJobs, tmp_path: Path) -> None:
     """What fits by itself may not fit behind the longest context or before the longest target."""
     content = records(2)
-    words = "the house " * 50  # about 100 tokens
+    words = "the " * 50  # with subject, target and contexts about 90 tokens
     content[0]["requested_rewrite"]["prompt"] = words + "{} is"
     spec = tiny.spec(tmp_path / "run", requests=content)
     assert make_plan(spec).num_requests == 2
@@ -138,7 +138,7 @@ def test_a_rejected_record_keeps_its_row(tiny: TinyJobs, tmp_path: Path) -> None
     run = read(run_batch_edit(tiny.spec(tmp_path / "run", requests=content)).path)
     rows = run.edits().to_pylist()
     assert statuses(run) == {"applied": 2, "rejected": 2}
-    assert rows[1]["case_id"] == "1" and rows[1]["prompt"] == "{} is" and rows[1]["subject"] is None
+    assert rows[1]["case_id"] == "1" and rows[1]["prompt"] == "{} is" and rows[1]["subject"] == "5"
     assert "row 1, field requested_rewrite.target_new: is missing" in rows[1]["reason"]
     assert rows[2]["case_id"] and "row 2: is a string, expected an object" in rows[2]["reason"]
 
@@ -201,7 +201,8 @@ def test_the_embedded_model_is_the_default(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"requests": {"limit": 3, "offset": 5}}
     some = make_plan(JobSpec.model_validate(settings))
     assert [row.row for row in some.rows] == [5, 6, 7]
-    first = [request for shard in plan.shards for request in shard.items][5:8]
-    assert [request for shard in some.shards for request in shard.items] == first
+    assert [row.fields["subject"] for row in some.rows] == [
+        row.fields["subject"] for row in plan.rows[5:8]
+    ]
     with pytest.raises(InputError, match=r"enough|facts|leaves none"):
         make_plan(JobSpec.model_validate({"requests": {"offset": 10**6}}))
