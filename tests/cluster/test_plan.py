@@ -204,5 +204,5 @@ def test_the_embedded_model_is_the_default(tmp_path: Path) -> None:
     assert [row.fields["subject"] for row in some.rows] == [
         row.fields["subject"] for row in plan.rows[5:8]
     ]
-    with pytest.raises(InputError, match=r"enough|facts|leaves none"):
+    with pytest.raises(InputError, match=r"the world can give \d+ edit requests"):
         make_plan(JobSpec.model_validate({"requests": {"offset": 10**6}}))
