@@ -4,9 +4,12 @@ An engine only submits calls and hands back their results; retries, versions and
 scheduler's (scheduler.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
 
 from pipeline.cluster.reducer import Reducer
 from pipeline.cluster.worker import EditWorker
@@ -74,7 +77,9 @@ class InProcessEngine:
 
     def __post_init__(self) -> None:
         self._worker = self._new_worker()
-        self._reducer = Reducer(self.spec.method, self.spec.cluster.reducer_threads)
+        threads = self.spec.cluster.reducer_threads
+        with _threads(threads):
+            self._reducer = Reducer(self.spec.method, threads)
 
     def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
         """Remember a call."""
@@ -87,7 +92,8 @@ class InProcessEngine:
     def result(self, call: Call) -> Any:
         """Run the call."""
         method, args, kwargs = call.handle
-        result = getattr(self._worker, method)(*args, **kwargs)
+        with _threads(self.spec.cluster.cpus_per_worker):
+            result = getattr(self._worker, method)(*args, **kwargs)
         if method == "read_keys":
             result, call.reference = result
         return result
@@ -102,10 +108,24 @@ class InProcessEngine:
 
     def reduce(self, method: str, *args: Any) -> Any:
         """Call the reducer."""
-        return getattr(self._reducer, method)(*args)
+        with _threads(self.spec.cluster.reducer_threads):
+            return getattr(self._reducer, method)(*args)
 
     def close(self) -> None:
         """Nothing outlives this process."""
 
     def _new_worker(self) -> EditWorker:
-        return EditWorker(self.spec, self.spec.cluster.cpus_per_worker)
+        threads = self.spec.cluster.cpus_per_worker
+        with _threads(threads):
+            return EditWorker(self.spec, threads)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads for a while: they decide the last bits of a result."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -64,8 +64,7 @@ def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> P
         InputError: the spec, the model's configuration or the request file is wrong, or not one
             request can be edited.
     """
-    config = load_config(spec.model)
-    spec, source = resolve_settings(spec, config, resolve_path(spec.model.path))
+    config, spec, source = settle_spec(spec)
     rows = _read_rows(spec) if requests is None else _given_rows(requests, spec)
     tokenizer = load_tokenizer(spec.model)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -77,6 +76,22 @@ def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> P
             f"no request can be edited; {rows[0].reason if rows else 'none was given'}"
         )
     return Plan(spec, source, rows, cut_shards(accepted, spec.cluster.shard_size))
+
+
+def settle_spec(spec: JobSpec) -> tuple[Any, JobSpec, str]:
+    """Decide every setting and make the model's directory absolute; workers may be elsewhere.
+
+    Returns:
+        The model's configuration, the settled spec, and where open settings came from.
+
+    Raises:
+        InputError: the spec or the model's configuration is wrong.
+    """
+    if Path(spec.model.path).is_dir():
+        model = spec.model.model_copy(update={"path": str(Path(spec.model.path).resolve())})
+        spec = spec.model_copy(update={"model": model})
+    config = load_config(spec.model)
+    return config, *resolve_settings(spec, config, resolve_path(spec.model.path))
 
 
 def cut_shards(items: Sequence[Any], size: int | Literal["auto"]) -> list[Shard]:

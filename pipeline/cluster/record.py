@@ -101,7 +101,7 @@ def save_edited_model(store: RunStore, scheduler: Scheduler, applied: int) -> No
     """Write the edited model with its card to model/, which is there whole or not at all."""
     temporary, final = store.path / ".model.tmp", store.path / "model"
     shutil.rmtree(temporary, ignore_errors=True)
-    scheduler.call("save_model", str(temporary), version=scheduler.version)
+    scheduler.call("save_model", str(temporary.resolve()), version=scheduler.version)
     write_model_card(temporary, store.manifest, applied)
     temporary.rename(final)
 

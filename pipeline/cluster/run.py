@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.cluster.covariance import Covariances, ensure_covariances
 from pipeline.cluster.engine import Engine, InProcessEngine
 from pipeline.cluster.insertion import insert
-from pipeline.cluster.plan import Plan, make_plan, probe_shards
+from pipeline.cluster.plan import Plan, make_plan, probe_shards, settle_spec
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.record import (
     begin_run,
@@ -24,8 +24,6 @@ from pipeline.cluster.record import (
 from pipeline.cluster.scheduler import Outcome, Scheduler, Shard
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import JobFailedError
-from pipeline.methods import resolve_settings
-from pipeline.models.loading import load_config, resolve_path
 from pipeline.requests import EditRequest
 from pipeline.results.schemas import SCHEMAS
 from pipeline.results.store import RunStore, require_fresh
@@ -93,8 +91,7 @@ def run_covariance(spec: JobSpec, *, console: Console | None = None) -> Covarian
         InputError: the spec, the corpus or the model is wrong.
         FingerprintMismatchError: `covariance.path` holds one that was made for something else.
     """
-    config = load_config(spec.model)
-    spec, _ = resolve_settings(spec, config, resolve_path(spec.model.path))
+    _, spec, _ = settle_spec(spec)
     progress = PhaseProgress(console)
     with progress.phase("start", 1):
         engine = start_engine(spec)

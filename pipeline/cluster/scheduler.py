@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
 from pipeline.editing.update import Update
-from pipeline.errors import EditfleetError, JobFailedError
+from pipeline.errors import EditfleetError, JobFailedError, WeightVersionMismatchError
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +205,8 @@ class Scheduler:
                     f" {error}; the finished parts are kept"
                 ) from error
             waiting.appendleft(replace(piece, retries=piece.retries + 1))
+        except WeightVersionMismatchError:
+            raise  # the driver's own mistake, whatever the items
         except Exception as error:
             if not split:
                 raise

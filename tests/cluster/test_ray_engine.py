@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray.util.state import list_actors  # noqa: F401
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from pipeline import run_batch_edit
@@ -113,6 +112,19 @@ def test_any_number_of_workers_gives_the_bits_of_one_process(
     assert ray.is_initialized(), "a cluster that was there before stays"
     # A thousandth of a second is soon over: what is still out is named.
     assert "values: nothing finished for" in caplog.text and "shard 0 on worker 0" in caplog.text
+
+
+def test_relative_paths_are_the_driver_s(
+    tiny: TinyJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a cluster that was started elsewhere have another working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny.model())
+    changes = ["model.path=./model", "output.path=runs/mine", "output.save_model=true"]
+    changes += ["cluster.workers=1", "evaluation.probes=[]"]
+    result = run_batch_edit(_on_ray(tiny, tmp_path, *changes))
+    assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").is_file()
+    assert digests(read(result.path))["updates"] == digests(_in_process(tiny))["updates"]
 
 
 # --- deaths -------------------------------------------------------------------------------------
