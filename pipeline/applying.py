@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from pipeline.editing.update import EditedWeights, Update
-from pipeline.errors import FingerprintMismatchError
+from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.models.editable import EditableModel
 from pipeline.models.loading import fingerprint
 from pipeline.results import read
@@ -36,10 +36,13 @@ def apply_updates(model: PreTrainedModel, run: str | Path) -> AppliedUpdates:
         run: the run directory.
 
     Raises:
+        InputError: the run is not finished.
         FingerprintMismatchError: the model is another one, is already edited, or a shape differs.
         ResultsDamagedError: an update file does not match the run's manifest.
     """
     opened = read(run)
+    if opened.manifest["status"] != "finished":
+        raise InputError(f"{run} is not finished (status {opened.manifest['status']!r})")
     opened.verify()
     found, expected = fingerprint(model), opened.manifest["model"]["fingerprint"]
     if found != expected:

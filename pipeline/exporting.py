@@ -29,8 +29,6 @@ def export_model(run: str | Path, directory: str | Path) -> None:
     opened, target = read(run), Path(directory)
     if target.exists():
         raise InputError(f"{target} exists already; choose another directory")
-    if opened.manifest["status"] != "finished":
-        raise InputError(f"{run} is not finished (status {opened.manifest['status']!r})")
     spec = parse_spec(opened.manifest["spec"], f"{run}/manifest.json: spec")
     model = load_model(spec.model, torch.device("cpu"))
     apply_updates(model, run)
