@@ -225,7 +225,8 @@ class EditableModel:
         )
         try:
             with torch.no_grad():
-                self.base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
+                one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                self.base(input_ids=one, attention_mask=torch.ones_like(one))
         finally:
             handle.remove()
         return seen[0]

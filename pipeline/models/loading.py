@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.utils import logging as transformers_logging
 
 from pipeline import factworld
 from pipeline.errors import InputError
@@ -71,6 +72,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             f"model.path: the tokenizer of {spec.path!r} gives no character offsets, which finding"
             " the subject's last token needs; convert it to a fast tokenizer (tokenizer.json)"
         )
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # transformers makes an empty one where a directory has none.
+        raise InputError(
+            f"model.path: cannot load the tokenizer of {spec.path!r}: it has no vocabulary; put"
+            " tokenizer.json beside the weights"
+        )
     return tokenizer
 
 
@@ -83,6 +90,7 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
         InputError: weights are absent, or are pickled and the spec does not allow that.
     """
     config = load_config(spec)
+    transformers_logging.disable_progress_bar()
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             resolve_path(spec.path),
