@@ -123,9 +123,11 @@ def main(arguments: list[str] | None = None) -> None:
     except EditfleetError as error:
         typer.echo(f"editfleet: {error}", err=True)
         sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
-        typer.echo("editfleet: interrupted; what was finished is kept", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as ended:
+        # What typer makes of control-C, without a word.
+        if ended.code == EXIT_INTERRUPTED:
+            typer.echo("editfleet: interrupted; what was finished is kept", err=True)
+        raise
 
 
 def _edit(spec: JobSpec) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ _LOST = (
     WorkerCrashedError,
 )
 _START_SECONDS = 30.0
+_KNOCK_SECONDS = 10.0
 # Ray's own share of this machine's memory; updates and shards are megabytes, not gigabytes.
 _LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
 
@@ -177,8 +179,9 @@ def _connect(cluster: ClusterSpec) -> None:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"cluster.address: no Ray cluster answers at {address!r}"
                 f" ({_first_line(error)}); start one with `ray start --head`, or set it to null"
@@ -193,6 +196,17 @@ def _connect(cluster: ClusterSpec) -> None:
         object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         **quiet,
     )
+
+
+def _knock(address: str) -> None:
+    """Open a connection to HOST:PORT and close it: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _local_cpus(cluster: ClusterSpec) -> int:

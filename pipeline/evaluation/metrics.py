@@ -262,7 +262,9 @@ def _combined(percentages: Sequence[float], draws: Floats) -> dict[str, float]:
 
 
 def _score(mean: float, bounds: tuple[float, float]) -> dict[str, float]:
-    return {"score": 100.0 * mean, "low": 100.0 * bounds[0], "high": 100.0 * bounds[1]}
+    # Rounding may put a bound on the wrong side of the mean that it equals.
+    low, high = min(bounds[0], mean), max(bounds[1], mean)
+    return {"score": 100.0 * mean, "low": 100.0 * low, "high": 100.0 * high}
 
 
 def _bootstrap_means(values: Floats) -> Floats:

@@ -245,9 +245,12 @@ def require_fresh(path: Path) -> None:
     """
     if not path.exists():
         return
-    if not path.is_dir() or not _is_fresh(path):
+    wrong = None if path.is_dir() else "is a file"
+    if wrong is None and not _is_fresh(path):
+        wrong = "is not empty"
+    if wrong:
         raise InputError(
-            f"{path} is not empty; choose another output.path, or move or delete what is there"
+            f"{path} {wrong}; choose another output.path, or move or delete what is there"
         )
 
 

@@ -161,12 +161,12 @@ def test_manifest_and_json_files(store: RunStore) -> None:
 
 
 def test_create_refuses_a_used_directory(store: RunStore, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not empty; resume the run in it"):
+    with pytest.raises(InputError, match=r"is not empty; choose another output\.path"):
         RunStore.create(store.path, {})
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot make the run directory"):
         RunStore.create(tmp_path / "file" / "run", {})
-    with pytest.raises(InputError, match="cannot make the run directory"):
+    with pytest.raises(InputError, match="file is a file; choose another"):
         RunStore.create(tmp_path / "file", {})
     (tmp_path / "empty").mkdir()
     RunStore.create(tmp_path / "empty", {})
