@@ -75,6 +75,7 @@ def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> P
         raise InputError(
             f"no request can be edited; {rows[0].reason if rows else 'none was given'}"
         )
+    accepted = _by_length(accepted, tokenizer)
     return Plan(spec, source, rows, cut_shards(accepted, spec.cluster.shard_size))
 
 
@@ -114,6 +115,22 @@ def probe_shards(shards: Sequence[Shard], kinds: Sequence[str]) -> list[Shard]:
     probes.sort(key=lambda probe: probe.prompt)
     size = min(max(-(-len(probes) // _SHARDS), _SMALLEST_PROBE_SHARD), _LARGEST_PROBE_SHARD)
     return cut_shards(probes, size)
+
+
+def _by_length(
+    requests: Sequence[EditRequest], tokenizer: PreTrainedTokenizerBase
+) -> list[EditRequest]:
+    """Requests in order of length, longest first, so that one batch holds like lengths.
+
+    What the value search carries counts first: the tokens after the subject, in every context.
+    """
+    after = tokenizer([r.text[r.subject_span[1] :] + " " + r.target_new for r in requests])
+    before = tokenizer([r.text[: r.subject_span[1]] for r in requests])
+    lengths = [
+        (len(a), len(b)) for a, b in zip(after["input_ids"], before["input_ids"], strict=True)
+    ]
+    order = sorted(range(len(requests)), key=lambda i: lengths[i], reverse=True)
+    return [requests[i] for i in order]
 
 
 def _read_rows(spec: JobSpec) -> list[RequestRow]:

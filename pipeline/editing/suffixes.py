@@ -31,7 +31,9 @@ class SuffixBatch:
         positions: (B, S) int64 position ids.
         masks: attention masks for the suffix behind the prefix.
         prefix: layer -> keys and values, (B, heads, P, head size) each.
-        target_index: (B, contexts, target tokens) int64, where in S each target token is predicted.
+        is_read: (B, S) bool, True where the loss reads the model's output.
+        target_index: (B, contexts, target tokens) int64, where in S each target token is predicted
+            (at padding, where the last one is).
         target_ids: (B, contexts, target tokens) int64, 0 at padding.
         target_weight: (B, contexts, target tokens), 1 / (contexts * the edit's target tokens), 0 at
             padding.
@@ -45,11 +47,23 @@ class SuffixBatch:
     positions: Tensor
     masks: Any
     prefix: dict[int, tuple[Tensor, Tensor]]
+    is_read: Tensor
     target_index: Tensor
     target_ids: Tensor
     target_weight: Tensor
     essence_index: Tensor
     num_tokens: int
+
+    def reads(self) -> "Reads":
+        """Find the states that the loss reads among all tokens; waits for the device."""
+        flat = self.is_read.flatten()
+        place = flat.cumsum(0) - 1
+        first = torch.arange(len(self.anchor), device=flat.device) * self.is_read.shape[1]
+        return Reads(
+            flat.nonzero().squeeze(-1),
+            place[first[:, None, None] + self.target_index],
+            place[first + self.essence_index],
+        )
 
     def select(self, keep: Tensor) -> "SuffixBatch":
         """The same for some of the edits; `keep` (int64) indexes B."""
@@ -59,6 +73,21 @@ class SuffixBatch:
             if field.name != "num_tokens"
         }
         return replace(self, **chosen)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Where the loss reads the model's output.
+
+    Attributes:
+        tokens: (n,) int64 indices into B * S, ascending.
+        targets: (B, contexts, target tokens) int64 indices into `tokens`.
+        essence: (B,) int64 indices into `tokens`.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    essence: Tensor
 
 
 def _select(value: Any, keep: Tensor) -> Any:
@@ -96,6 +125,9 @@ def encode_suffixes(model: EditableModel, edits: Sequence[EditPrompts], layer: i
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     packed = hidden.flatten(0, 1)[layout.suffix_source].to(wide)
     target_index, target_ids, target_weight = _targets(edits, plans, model.device, wide)
+    essence_index = layout.row_starts[:, -1]
+    is_read = torch.zeros(packed.shape[:2], dtype=torch.bool, device=model.device)
+    is_read.scatter_(1, torch.cat([target_index.flatten(1), essence_index[:, None]], dim=1), True)
     return SuffixBatch(
         hidden=packed,
         anchor=packed[:, 0].clone(),
@@ -106,10 +138,11 @@ def encode_suffixes(model: EditableModel, edits: Sequence[EditPrompts], layer: i
             index: (_gather(keys, layout.prefix_source), _gather(values, layout.prefix_source))
             for index, (keys, values) in recorded.items()
         },
+        is_read=is_read,
         target_index=target_index,
         target_ids=target_ids,
         target_weight=target_weight,
-        essence_index=layout.row_starts[:, -1],
+        essence_index=essence_index,
         num_tokens=layout.num_tokens,
     )
 
@@ -212,6 +245,7 @@ def _targets(
         start = 0
         for c, row in enumerate(plan[:-1]):
             size = len(row.ids) - row.lookup
+            index[b, c] = start + size - 1
             index[b, c, :count] = torch.arange(start + size - count, start + size)
             ids[b, c, :count] = torch.tensor(edit.target)
             start += size

@@ -88,7 +88,7 @@ def find_values(
         torch.OutOfMemoryError: not even one edit fits.
     """
     # Edits of like length share a batch, so that little of it is padding.
-    order = sorted(range(len(edits)), key=lambda i: (_suffix_tokens(edits[i]), i))
+    order = sorted(range(len(edits)), key=lambda i: (*_token_counts(edits[i]), i))
     found: list[FoundValue | None] = [None] * len(edits)
     start = 0
     while start < len(order):
@@ -107,8 +107,10 @@ def find_values(
     return [value for value in found if value is not None]
 
 
-def _suffix_tokens(edit: EditPrompts) -> int:
-    return sum(len(row.ids) - row.lookup + len(edit.target) - 1 for row in edit.rewrites)
+def _token_counts(edit: EditPrompts) -> tuple[int, int]:
+    """Tokens of an edit from its lookup tokens on, and before them."""
+    suffix = sum(len(row.ids) - row.lookup + len(edit.target) - 1 for row in edit.rewrites)
+    return suffix, sum(row.lookup for row in edit.rewrites)
 
 
 def _find_batch(
@@ -128,7 +130,7 @@ class _Search:
         self, model: EditableModel, suffixes: SuffixBatch, layer: int, settings: ValueSettings
     ) -> None:
         self.model, self.layer, self.settings = model, layer, settings
-        self.suffixes = suffixes
+        self.suffixes, self.reads = suffixes, suffixes.reads()
         self.anchor = suffixes.anchor
         self.anchor_norm = suffixes.anchor.norm(dim=-1)
         count = len(suffixes.anchor)
@@ -184,30 +186,26 @@ class _Search:
             masks=batch.masks,
             position_ids=batch.positions,
             cache=PrefixCache(batch.prefix),
+            read=self.reads.tokens,
         )
-        log_likelihood = self._target_log_likelihood(final)
+        logits = self.model.logits(final)
+        log_likelihood = self._target_log_likelihood(logits)
         nll = -(log_likelihood * batch.target_weight).sum(dim=(1, 2))
         probability = log_likelihood_to_probability(log_likelihood, batch.target_weight)
         decay = self.settings.weight_decay * delta.norm(dim=-1) / self._norms() ** 2
-        return nll + self.settings.kl_weight * self._divergence(final) + decay, probability
+        return nll + self.settings.kl_weight * self._divergence(logits) + decay, probability
 
     def _norms(self) -> Tensor:
         return self.anchor_norm[self.slots]
 
-    def _target_log_likelihood(self, final: Tensor) -> Tensor:
+    def _target_log_likelihood(self, logits: Tensor) -> Tensor:
         """Log-probability of every target token in every context: (B, contexts, target tokens)."""
-        batch = self.suffixes
-        shape = batch.target_index.shape
-        flat = batch.target_index.flatten(1)[..., None].expand(-1, -1, final.shape[-1])
-        logits = self.model.logits(final.gather(1, flat)).view(*shape, -1)
-        chosen = logits.gather(-1, batch.target_ids[..., None]).squeeze(-1)
-        return chosen - logits.logsumexp(dim=-1)
+        chosen = logits[self.reads.targets, self.suffixes.target_ids]
+        return chosen - logits.logsumexp(dim=-1)[self.reads.targets]
 
-    def _divergence(self, final: Tensor) -> Tensor:
+    def _divergence(self, logits: Tensor) -> Tensor:
         """KL(p_delta || p_0) at the essence row's lookup token: (B,)."""
-        rows = torch.arange(len(final), device=final.device)
-        essence = final[rows, self.suffixes.essence_index]
-        log_p = self.model.logits(essence).log_softmax(dim=-1)
+        log_p = logits[self.reads.essence].log_softmax(dim=-1)
         if self.reference is None:
             # At delta = 0, the first step, this is the unedited model's own prediction.
             self.reference = log_p.detach()
@@ -243,6 +241,7 @@ class _Search:
         if len(keep) < len(self.active):
             assert self.reference is not None
             self.suffixes = self.suffixes.select(keep)
+            self.reads = self.suffixes.reads()
             self.slots, self.active = self.slots[keep], self.active[keep]
             self.delta, self.reference = self.delta[keep], self.reference[keep]
             self.first_moment = self.first_moment[keep]

@@ -144,13 +144,19 @@ class EditableModel:
         position_ids: Tensor,
         input_ids: Tensor | None = None,
         cache: AttentionCache | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
         """Run blocks from `first` to the last one and the final norm; (batch, tokens, d).
 
         Arguments as in `run`; `first` may equal the number of blocks (final norm only).
+
+        Args:
+            read: (n,) int64 distinct indices into batch * tokens: the states that are wanted. The
+                last block's MLP is computed there only, and the result is (n, d).
         """
-        with self._only_blocks(first, self.num_blocks, hidden):
-            return self._forward_base(hidden, masks, position_ids, input_ids, cache)
+        with self._only_blocks(first, self.num_blocks, hidden), self._last_mlp_at(read):
+            output = self._forward_base(hidden, masks, position_ids, input_ids, cache)
+        return output if read is None else output.flatten(0, 1)[read]
 
     def logits(self, final_hidden: Tensor) -> Tensor:
         """Project normed hidden states (..., d) onto the vocabulary: (..., v) float32 or wider."""
@@ -189,6 +195,23 @@ class EditableModel:
                 stack.enter_context(_forward_replaced(self.blocks[index], self._pass_through))
             if entry is not None:
                 stack.enter_context(self._entered_with(first, entry))
+            yield
+
+    @contextmanager
+    def _last_mlp_at(self, read: Tensor | None) -> Iterator[None]:
+        """Let the last block's MLP compute these tokens only and give zeros for the others."""
+        mlp = self.mlp(self.num_blocks - 1)
+        if read is None or mlp is None:
+            yield
+            return
+        whole = mlp.forward
+
+        def trimmed(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            flat = hidden.flatten(0, 1)
+            output = whole(flat[read][None], *args, **kwargs)[0]
+            return torch.zeros_like(flat).index_copy(0, read, output).view_as(hidden)
+
+        with _forward_replaced(mlp, trimmed):
             yield
 
     @contextmanager
