@@ -35,6 +35,12 @@ class TokenBatch:
         width = torch.arange(self.ids.shape[1], device=self.ids.device)
         return width < self.lengths[:, None]
 
+    @property
+    def last(self) -> Tensor:
+        """(rows,) int64 index of every row's last token in rows * tokens."""
+        rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        return rows * self.ids.shape[1] + self.lengths - 1
+
 
 def token_batches(
     model: EditableModel, rows: Sequence[Sequence[int]], max_tokens: int

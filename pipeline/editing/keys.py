@@ -1,8 +1,8 @@
 """Keys and residuals: the inputs of the MLP down-projections at the subjects' last tokens.
 
-One wave goes up through the blocks: the hidden states of all rows wait at the input of the layer
-that is edited next, and go on once its update has arrived (docs/design.md). Only tokens up to the
-subject's last one are carried; later ones cannot influence it.
+One wave goes up through the blocks: all rows wait at the key of the layer that is edited next, and
+go on once its update has arrived, so that no block runs twice (docs/design.md). Only tokens up to
+the subject's last one are carried; later ones cannot influence it.
 
 Shapes: N edits, f key size, d hidden size.
 """
@@ -16,16 +16,22 @@ from torch import Tensor, nn
 
 from pipeline.editing.batching import TokenBatch, token_batches
 from pipeline.models.editable import EditableModel
+from pipeline.models.halfway import (
+    Halfway,
+    finish_block,
+    recorded_halfway,
+    without_down_projection,
+)
 from pipeline.prompts import EditPrompts
 
 
 @dataclass
 class _Pack:
-    """A batch of rows, and how far up the model its hidden states are."""
+    """A batch of rows, and the block in which they wait at their keys."""
 
     batch: TokenBatch
-    hidden: Tensor | None = None
-    depth: int = 0
+    half: Halfway | None = None
+    layer: int = -1
 
 
 class KeyWave:
@@ -36,7 +42,7 @@ class KeyWave:
         edits: tokenised requests, N of them.
         last_layer: the block L at whose output the residual is measured.
         max_tokens: tokens in one batch.
-        keep_hidden: hold hidden states between calls; without, every call starts from the
+        keep_hidden: hold the states between calls; without, every call starts from the
             embeddings, which costs time and saves memory. The results are the same bits.
     """
 
@@ -59,10 +65,10 @@ class KeyWave:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the kept hidden states take, or will take once there are any."""
+        """Bytes that the kept states take, or will take once there are any."""
         tokens = sum(pack.batch.ids.numel() for pack in (*self._bare, *self._others))
-        width = self.model.hidden_size * self.model.dtype.itemsize
-        return tokens * width if self.keep_hidden else 0
+        width = 2 * self.model.hidden_size + self.model.key_size(self.last_layer)
+        return tokens * width * self.model.dtype.itemsize if self.keep_hidden else 0
 
     @torch.no_grad()
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -79,10 +85,8 @@ class KeyWave:
         keys = self._empty(self.num_edits, self.model.key_size(layer))
         hidden = self._empty(self.num_edits, self.model.hidden_size)
         for pack in self._bare:
-            with inputs_of(self.model.down_projection(layer)) as seen:
-                output = self._forward(pack, layer, self.last_layer + 1)
-            keys[pack.batch.index] = _at_last(seen[0], pack.batch)
-            hidden[pack.batch.index] = _at_last(output, pack.batch)
+            key, output = self._read_pack(pack, layer, self.last_layer + 1)
+            keys[pack.batch.index], hidden[pack.batch.index] = key, output
         if self.num_others:
             keys = (keys + self._mean_of_others(layer)) / 2
         return keys, hidden
@@ -90,21 +94,39 @@ class KeyWave:
     def _mean_of_others(self, layer: int) -> Tensor:
         keys = self._empty(self.num_edits * self.num_others, self.model.key_size(layer))
         for pack in self._others:
-            with inputs_of(self.model.down_projection(layer)) as seen:
-                self._forward(pack, layer, layer + 1)
-            keys[pack.batch.index] = _at_last(seen[0], pack.batch)
+            with without_down_projection(self.model, layer):
+                keys[pack.batch.index], _ = self._read_pack(pack, layer, layer + 1)
         return keys.view(self.num_edits, self.num_others, -1).mean(dim=1)
 
-    def _forward(self, pack: _Pack, layer: int, stop: int) -> Tensor:
-        """Bring a pack to the input of `layer`, remember it there, and go on up to `stop`."""
-        waiting = self._run(pack, pack.hidden, pack.depth, layer)
-        if self.keep_hidden:
-            pack.hidden, pack.depth = waiting, layer
-        output = self._run(pack, waiting, layer, stop)
+    def _read_pack(self, pack: _Pack, layer: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Run a pack up to `stop`: its keys (rows, f) at `layer`, and the last block's output."""
+        hidden = self._bring_to(pack, layer)
+        # Block L is the last one that anything is read of, and only at the rows' last tokens.
+        last = pack.batch.last
+        read = last if stop == self.last_layer + 1 else None
+        with recorded_halfway(self.model, layer) as half:
+            output = self._run(pack, hidden, layer, stop, read)
         assert output is not None
-        return output
+        if self.keep_hidden and layer < self.last_layer:
+            pack.half, pack.layer = half, layer
+        else:
+            pack.half = None
+        key = half.key.flatten(0, -2)
+        return key if len(key) == len(last) else key[last], output
 
-    def _run(self, pack: _Pack, hidden: Tensor | None, first: int, stop: int) -> Tensor | None:
+    def _bring_to(self, pack: _Pack, layer: int) -> Tensor | None:
+        """The pack's states at the input of `layer`; None where those are the embeddings."""
+        if pack.half is None:
+            return self._run(pack, None, 0, layer)
+        batch = pack.batch
+        hidden = finish_block(
+            self.model, pack.layer, pack.half, masks=batch.masks, position_ids=batch.positions
+        )
+        return self._run(pack, hidden, pack.layer + 1, layer)
+
+    def _run(
+        self, pack: _Pack, hidden: Tensor | None, first: int, stop: int, read: Tensor | None = None
+    ) -> Tensor | None:
         if first == stop:
             return hidden
         return self.model.run(
@@ -114,6 +136,7 @@ class KeyWave:
             masks=pack.batch.masks,
             position_ids=pack.batch.positions,
             input_ids=pack.batch.ids if hidden is None else None,
+            read=read,
         )
 
     def _empty(self, rows: int, width: int) -> Tensor:
@@ -133,10 +156,3 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 def _packs(model: EditableModel, rows: Sequence[Sequence[int]], max_tokens: int) -> list[_Pack]:
     return [_Pack(batch) for batch in token_batches(model, rows, max_tokens)]
-
-
-def _at_last(states: Tensor, batch: TokenBatch) -> Tensor:
-    """The state at every row's last token: (rows, width). OPT flattens rows and tokens."""
-    rows = torch.arange(len(batch.lengths), device=states.device)
-    shaped = states.view(*batch.ids.shape, states.shape[-1])
-    return shaped[rows, batch.lengths - 1]

@@ -106,6 +106,7 @@ class EditableModel:
         position_ids: Tensor,
         input_ids: Tensor | None = None,
         cache: AttentionCache | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
         """Run blocks `first` .. `stop - 1` and return the last one's output.
 
@@ -118,6 +119,8 @@ class EditableModel:
             position_ids: (batch, tokens) int64 positions.
             input_ids: (batch, tokens) int64 token ids, when `hidden` is None.
             cache: records, or supplies, attention keys and values of earlier tokens.
+            read: (n,) int64 distinct indices into batch * tokens: the states that are wanted. The
+                last of these blocks computes its MLP there only, and the result is (n, d).
 
         Returns:
             (batch, tokens, d) output of block `stop - 1`, before the final norm (`hidden` itself
@@ -128,12 +131,13 @@ class EditableModel:
         captured: list[Tensor] = []
         with ExitStack() as stack:
             stack.enter_context(self._only_blocks(first, stop, hidden))
+            stack.enter_context(self._mlp_at(stop - 1, read))
             handle = self.blocks[stop - 1].register_forward_hook(
                 lambda _module, _inputs, output: captured.append(_first(output))
             )
             stack.callback(handle.remove)
             self._forward_base(hidden, masks, position_ids, input_ids, cache)
-        return captured[0]
+        return captured[0] if read is None else captured[0].flatten(0, 1)[read]
 
     def final(
         self,
@@ -149,12 +153,11 @@ class EditableModel:
         """Run blocks from `first` to the last one and the final norm; (batch, tokens, d).
 
         Arguments as in `run`; `first` may equal the number of blocks (final norm only).
-
-        Args:
-            read: (n,) int64 distinct indices into batch * tokens: the states that are wanted. The
-                last block's MLP is computed there only, and the result is (n, d).
         """
-        with self._only_blocks(first, self.num_blocks, hidden), self._last_mlp_at(read):
+        with (
+            self._only_blocks(first, self.num_blocks, hidden),
+            self._mlp_at(self.num_blocks - 1, read),
+        ):
             output = self._forward_base(hidden, masks, position_ids, input_ids, cache)
         return output if read is None else output.flatten(0, 1)[read]
 
@@ -192,15 +195,15 @@ class EditableModel:
         skipped = [*range(first), *range(stop, self.num_blocks)]
         with ExitStack() as stack:
             for index in skipped:
-                stack.enter_context(_forward_replaced(self.blocks[index], self._pass_through))
+                stack.enter_context(forward_replaced(self.blocks[index], self._pass_through))
             if entry is not None:
                 stack.enter_context(self._entered_with(first, entry))
             yield
 
     @contextmanager
-    def _last_mlp_at(self, read: Tensor | None) -> Iterator[None]:
-        """Let the last block's MLP compute these tokens only and give zeros for the others."""
-        mlp = self.mlp(self.num_blocks - 1)
+    def _mlp_at(self, layer: int, read: Tensor | None) -> Iterator[None]:
+        """Let a block's MLP compute these tokens only and give zeros for the others."""
+        mlp = self.mlp(layer)
         if read is None or mlp is None:
             yield
             return
@@ -211,7 +214,7 @@ class EditableModel:
             output = whole(flat[read][None], *args, **kwargs)[0]
             return torch.zeros_like(flat).index_copy(0, read, output).view_as(hidden)
 
-        with _forward_replaced(mlp, trimmed):
+        with forward_replaced(mlp, trimmed):
             yield
 
     @contextmanager
@@ -225,7 +228,7 @@ class EditableModel:
             finally:
                 handle.remove()
             return
-        replaced = _forward_replaced(
+        replaced = forward_replaced(
             self.blocks[first - 1], lambda *_args, **_kwargs: self._as_output(entry)
         )
         with replaced:
@@ -269,7 +272,7 @@ def _first(output: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Tensor
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
     """Shadow a module's forward by an instance attribute, and take the shadow away again."""
     previous = module.__dict__.get("forward")
     module.forward = forward

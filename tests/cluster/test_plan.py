@@ -164,7 +164,9 @@ def test_shards_follow_from_requests_and_size_alone(tiny: TinyJobs, tmp_path: Pa
     cut = [[[request.case_id for request in shard.items] for shard in p.shards] for p in plans]
     assert cut[0] == cut[1]
     assert [len(part) for part in cut[0]] == [5, 5, 2]
-    assert sorted(sum(cut[0], []), key=int) == [str(n) for n in range(12)]
+    assert sorted((case for part in cut[0] for case in part), key=int) == [
+        str(n) for n in range(12)
+    ]
 
 
 def test_a_shard_holds_requests_of_like_length(tiny: TinyJobs, tmp_path: Path) -> None:
@@ -178,7 +180,8 @@ def test_a_shard_holds_requests_of_like_length(tiny: TinyJobs, tmp_path: Path) -
     plan = make_plan(tiny.spec(tmp_path / "run", "cluster.shard_size=3"), given)
     lengths = [[len(request.prompt) for request in shard.items] for shard in plan.shards]
     assert lengths[0] == [len("{}" + words[2])] * 3, "the longest first: it takes longest"
-    assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
+    in_order = [length for part in lengths for length in part]
+    assert in_order == sorted(in_order, reverse=True)
 
 
 def test_probes_with_equal_prompts_share_a_shard(tiny: TinyJobs, tmp_path: Path) -> None:

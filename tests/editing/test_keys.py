@@ -112,10 +112,10 @@ def test_kept_bytes_are_counted() -> None:
     tiny = case("gpt2")
     tokens = sum(row.lookup + 1 for edit in tiny.prompts() for row in edit.rewrites)
     unpadded = _wave(tiny, max_tokens=1)  # every row is a batch of its own
-    assert unpadded.num_bytes == tokens * 32 * 8
+    assert unpadded.num_bytes == tokens * (2 * 32 + 64) * 8
     unpadded.read(1)
-    assert unpadded.num_bytes == tokens * 32 * 8
-    assert _wave(tiny, max_tokens=100_000).num_bytes > tokens * 32 * 8
+    assert unpadded.num_bytes == tokens * (2 * 32 + 64) * 8
+    assert _wave(tiny, max_tokens=100_000).num_bytes > tokens * (2 * 32 + 64) * 8
     assert _wave(tiny, keep_hidden=False).num_bytes == 0
 
 

@@ -1,0 +1,97 @@
+"""A block stopped before its down-projection, and finished later with another weight.
+
+What stands before the down-projection does not depend on its weight, so a block that is edited runs
+once: up to its key before the update, and on from there after it.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.models.editable import EditableModel, forward_replaced
+
+
+@dataclass
+class Halfway:
+    """What it takes to finish a block.
+
+    Attributes:
+        hidden: (rows, tokens, d) the block's input.
+        attention: what its attention module returned.
+        key: (rows, tokens, f) the down-projection's input (some architectures flatten rows and
+            tokens; fewer tokens where the MLP was asked for those only).
+    """
+
+    hidden: Tensor
+    attention: Any
+    key: Tensor
+
+    @classmethod
+    def empty(cls) -> "Halfway":
+        """One to be filled by `recorded_halfway`."""
+        nothing = torch.empty(0)
+        return cls(nothing, None, nothing)
+
+
+@contextmanager
+def recorded_halfway(model: EditableModel, layer: int) -> Iterator[Halfway]:
+    """Record a block's way to its key while the context is open; the last call counts."""
+    half = Halfway.empty()
+
+    def block_input(_module: object, inputs: tuple[Any, ...]) -> None:
+        half.hidden = inputs[0]
+
+    def attention_output(_module: object, _inputs: object, output: Any) -> None:
+        half.attention = output
+
+    def key(_module: object, inputs: tuple[Any, ...]) -> None:
+        half.key = inputs[0]
+
+    with ExitStack() as stack:
+        for handle in (
+            model.blocks[layer].register_forward_pre_hook(block_input),
+            model.attention(layer).register_forward_hook(attention_output),
+            model.down_projection(layer).register_forward_pre_hook(key),
+        ):
+            stack.callback(handle.remove)
+        yield half
+
+
+@contextmanager
+def without_down_projection(model: EditableModel, layer: int) -> Iterator[None]:
+    """Let a block end at its key: its down-projection gives zeros while the context is open."""
+
+    def zeros(key: Tensor) -> Tensor:
+        return key.new_zeros(*key.shape[:-1], model.hidden_size)
+
+    with forward_replaced(model.down_projection(layer), zeros):
+        yield
+
+
+def finish_block(
+    model: EditableModel, layer: int, half: Halfway, *, masks: Any, position_ids: Tensor
+) -> Tensor:
+    """Run the rest of a block with its weight as it is now: (rows, tokens, d), the block's output.
+
+    The bits are those of the whole block: the same operations on the same numbers. (Architectures
+    without a module around their MLP compute its up-projection again.)
+    """
+    down_projection, mlp = model.down_projection(layer), model.mlp(layer)
+    whole = down_projection.forward
+
+    def finish(*_args: Any, **_kwargs: Any) -> Tensor:
+        output: Tensor = whole(half.key)
+        return output
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            forward_replaced(model.attention(layer), lambda *_args, **_kwargs: half.attention)
+        )
+        stack.enter_context(forward_replaced(mlp or down_projection, finish))
+        return model.run(
+            half.hidden, first=layer, stop=layer + 1, masks=masks, position_ids=position_ids
+        )
