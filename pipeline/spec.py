@@ -112,8 +112,9 @@ class CovarianceSpec(_Part):
     `factworld`."""
     field: str = "text"
     """Column with the text, where the corpus has columns."""
-    samples: Positive | None = None
-    """Texts to use, drawn by `seed`; null takes the model's published default, or all."""
+    samples: Positive | Literal["auto"] | None = None
+    """Texts to use, drawn by `seed`; `auto` takes about 10 tokens for every entry of a key, null
+    the model's published default, or all."""
     max_tokens: Positive | None = None
     """Cut every text to this many tokens; null cuts at the model's context."""
     path: str | None = None

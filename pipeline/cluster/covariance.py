@@ -1,6 +1,8 @@
 """The covariance phase: reuse what fits, compute the rest on the workers, keep it on disk."""
 
 import logging
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from pipeline.covariances import (
 )
 from pipeline.editing.covariance import GramSums
 from pipeline.errors import InputError
-from pipeline.models.loading import display_name
+from pipeline.models.loading import display_name, load_config, load_tokenizer
 from pipeline.sources.corpus import corpus_digest, read_corpus
 from pipeline.spec import JobSpec
 
@@ -29,6 +31,8 @@ _MIN_TEXTS_PER_SHARD = 64
 # A covariance from fewer tokens than this many times F has hardly settled (arXiv 2506.04226
 # finds 2 F to 10 F enough).
 _TOKENS_PER_KEY_ENTRY = 2
+_AMPLE_TOKENS_PER_KEY_ENTRY = 10
+_TEXTS_TO_ESTIMATE_FROM = 256
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ def ensure_covariances(
     settings = spec.covariance
     texts: list[str] = []
     if settings.corpus is not None:
-        texts = read_corpus(
-            settings.corpus, field=settings.field, samples=settings.samples, seed=spec.seed
-        )
+        samples = settings.samples
+        if samples == "auto":
+            samples = _enough_samples(spec, max(worker.key_sizes.values()))
+        texts = read_corpus(settings.corpus, field=settings.field, samples=samples, seed=spec.seed)
     identity = CovarianceIdentity(
         fingerprint=worker.fingerprint,
         corpus=settings.corpus,
@@ -87,6 +92,30 @@ def ensure_covariances(
         log.info("covariance: reused from %s", directory)
     _warn_if_few(tokens, worker.key_sizes)
     return Covariances(matrices, tokens, directory)
+
+
+def _enough_samples(spec: JobSpec, key_size: int) -> int:
+    """Texts that hold about 10 tokens for every entry of a key (arXiv 2506.04226, section 4)."""
+    settings = spec.covariance
+    assert settings.corpus is not None
+    some = read_corpus(
+        settings.corpus, field=settings.field, samples=_TEXTS_TO_ESTIMATE_FROM, seed=spec.seed
+    )
+    config = load_config(spec.model).get_text_config()
+    limits = (settings.max_tokens, getattr(config, "max_position_embeddings", None))
+    longest = min((limit for limit in limits if limit is not None), default=sys.maxsize)
+    rows = load_tokenizer(spec.model)(some)["input_ids"]
+    mean = max(1.0, sum(min(len(row), longest) for row in rows) / len(rows))
+    samples = math.ceil(_AMPLE_TOKENS_PER_KEY_ENTRY * key_size / mean)
+    log.info(
+        "covariance.samples: auto takes %d texts of about %.1f tokens, %d for each of the %d"
+        " entries of a key",
+        samples,
+        mean,
+        _AMPLE_TOKENS_PER_KEY_ENTRY,
+        key_size,
+    )
+    return samples
 
 
 def _compute(

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline import run_batch_edit
+from pipeline.cluster.run import run_covariance
 from pipeline.covariances import covariance_path
 from pipeline.errors import InputError, JobFailedError
 from pipeline.results import Run, read
@@ -260,6 +261,18 @@ def test_few_covariance_tokens_and_a_singular_matrix_are_reported(
         run = read(run_batch_edit(spec).path)
     assert "take at least 128" in caplog.text and "ridge" in caplog.text
     assert all(bool(update.isfinite().all()) for update in _updates(run).values())
+
+
+def test_auto_takes_ten_tokens_for_every_entry_of_a_key(
+    tiny: TinyJobs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = tmp_path / "long.txt"
+    corpus.write_text(tiny.corpus.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    places = [f"covariance.corpus={corpus}", f"covariance.path={tmp_path / 'C'}"]
+    with caplog.at_level(logging.INFO):
+        found = run_covariance(tiny.spec(tmp_path / "run", "covariance.samples=auto", *places))
+    assert all(600 < tokens < 720 for tokens in found.tokens.values()), "10 x 64, about"
+    assert "auto takes" in caplog.text and "10 for each of the 64 entries" in caplog.text
 
 
 # --- requests that fail -------------------------------------------------------------------------
