@@ -37,6 +37,7 @@ class ValueSettings:
     kl_weight: float
     clamp_norm: float
     stop_loss: float
+    stop_when_predicted: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class _Search:
         self.first_moment = torch.zeros_like(self.delta)
         self.second_moment = torch.zeros_like(self.delta)
         self.active = torch.ones(count, dtype=torch.bool, device=model.device)
+        self.is_predicted = torch.zeros_like(self.active)
         self.reference: Tensor | None = None
         # What is reported, one entry an edit of the whole batch.
         self.best_delta = torch.zeros_like(self.delta)
@@ -190,6 +192,8 @@ class _Search:
         )
         logits = self.model.logits(final)
         log_likelihood = self._target_log_likelihood(logits)
+        if self.settings.stop_when_predicted:
+            self.is_predicted = self._argmax_is_target(logits.detach())
         nll = -(log_likelihood * batch.target_weight).sum(dim=(1, 2))
         probability = log_likelihood_to_probability(log_likelihood, batch.target_weight)
         decay = self.settings.weight_decay * delta.norm(dim=-1) / self._norms() ** 2
@@ -202,6 +206,12 @@ class _Search:
         """Log-probability of every target token in every context: (B, contexts, target tokens)."""
         chosen = logits[self.reads.targets, self.suffixes.target_ids]
         return chosen - logits.logsumexp(dim=-1)[self.reads.targets]
+
+    def _argmax_is_target(self, logits: Tensor) -> Tensor:
+        """Whether every target token is the likeliest in every context: (B,) bool."""
+        batch = self.suffixes
+        right = logits.argmax(dim=-1)[self.reads.targets] == batch.target_ids
+        return (right | (batch.target_weight == 0)).all(dim=(1, 2))
 
     def _divergence(self, logits: Tensor) -> Tensor:
         """KL(p_delta || p_0) at the essence row's lookup token: (B,)."""
@@ -219,6 +229,8 @@ class _Search:
         self.loss[slots] = loss[self.active]
         self.probability[slots] = probability[self.active]
         self.active &= loss >= self.settings.stop_loss
+        if self.settings.stop_when_predicted:
+            self.active &= ~self.is_predicted
 
     def _step(self, gradient: Tensor, step: int) -> None:
         """One step of Adam (arXiv 1412.6980, algorithm 1), then back into the ball around h0."""

@@ -27,7 +27,7 @@ from tests.cases import (
     oracle_values,
     relative_error,
 )
-from tests.oracles.memit import Edit, Value, compute_value
+from tests.oracles.memit import Edit, Value, adder, block_output, compute_value, hooked
 
 
 def _settings(**changes: float) -> ValueSettings:
@@ -122,6 +122,36 @@ def test_edits_stop_on_their_own() -> None:
         found = _search(tiny, 1, EDITS, batch_size=batch_size, **changes)
         _check(found, expected, 1e-9)
         assert [value.loss < 6.3 for value in found] == [value.steps < 19 for value in found]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_search_can_stop_when_the_target_is_predicted(family: str) -> None:
+    """It ends at the first step after which the target is the argmax in all contexts."""
+    tiny = case(family)
+    changes = {"steps": 20, "clamp_norm": 4.0, "weight_decay": 0.001, "stop_loss": 0.0}
+    words = ["the", "of", "in", "is"]  # a token each, which so small a model can learn to say
+    edits = [edit._replace(target_new=word) for edit, word in zip(EDITS, words, strict=False)]
+    found = _search(tiny, 1, edits, batch_size=3, stop_when_predicted=True, **changes)
+    assert len({value.steps for value in found}) > 1
+    for edit, value in zip(edits, found, strict=True):
+        for taken in sorted({max(0, value.steps - 1), value.steps}):
+            z = _search(tiny, 1, [edit], **(changes | {"steps": taken + 1}))[0].z
+            assert _is_predicted(tiny, edit, z) == (taken == value.steps < 19)
+        assert relative_error(z, value.z) < 1e-9
+
+
+@torch.no_grad()
+def _is_predicted(tiny: Case, edit: Edit, z: Tensor) -> bool:
+    """Whether the whole model says the target greedily in every context, with z at block 1."""
+    prompt, block = tiny.prompts([edit])[0], tiny.blocks[1]
+    delta = z - block_output(tiny.model, block, prompt.rewrites[0])
+    said = []
+    for row in prompt.rewrites:
+        ids = torch.tensor([[*row.ids, *prompt.target[:-1]]])
+        with hooked(block.register_forward_hook(adder(row.lookup, delta))):
+            logits = tiny.model(input_ids=ids).logits
+        said.append(tuple(logits[0, -len(prompt.target) :].argmax(dim=-1).tolist()))
+    return set(said) == {prompt.target}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen2"])
