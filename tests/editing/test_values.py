@@ -137,7 +137,7 @@ def test_a_search_can_stop_when_the_target_is_predicted(family: str) -> None:
         for taken in sorted({max(0, value.steps - 1), value.steps}):
             z = _search(tiny, 1, [edit], **(changes | {"steps": taken + 1}))[0].z
             assert _is_predicted(tiny, edit, z) == (taken == value.steps < 19)
-        assert relative_error(z, value.z) < 1e-9
+        assert relative_error(z, value.z) < tiny.tolerance
 
 
 @torch.no_grad()
