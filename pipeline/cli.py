@@ -113,10 +113,10 @@ def status(
     ] = False,
 ) -> None:
     """Say what is done of a run, what is left, what failed, and who is working on it."""
-    from pipeline.report.status import run_status, status_tables
+    from pipeline.report.status import print_status, run_status
 
     found = run_status(run, verify=verify)
-    _console().print(status_tables(found))
+    print_status(found, _console())
     if found.damaged:
         raise typer.Exit(EXIT_FAILED)
 

@@ -1,11 +1,11 @@
 """How far a run is: what is done, what is left, what failed, and whether a driver works on it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from pipeline.report.summary import problem_lines
 from pipeline.results.listing import TableKind
@@ -98,20 +98,29 @@ def run_status(path: Path, *, verify: bool = False) -> RunStatus:
     return RunStatus(path, begun, held, owner, _phases(store, begun, spec), checked, damaged)
 
 
-def status_tables(status: RunStatus) -> RenderableType:
-    """The status for a terminal or a log: a line a phase, then what failed and what to do."""
-    parts: list[RenderableType] = [Text(_headline(status), style="bold")]
-    if status.begun is not None:
-        requests = status.begun.requests
-        parts.append(Text(f"requests: {requests.count} read, {requests.accepted} to edit"))
-        parts.append(_table(status))
-    parts += [Text(line) for line in _failures(status)]
+def print_status(status: RunStatus, console: Console) -> None:
+    """Show the status: a line a phase, then what failed and what to do."""
+    for part in _parts(status):
+        if isinstance(part, str):
+            # Paths and reasons stay in one piece, to be copied.
+            console.print(part, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(part)
+
+
+def _parts(status: RunStatus) -> Iterator[str | Table]:
+    yield _headline(status)
+    if status.begun is None:
+        return
+    requests = status.begun.requests
+    yield f"requests: {requests.count} read, {requests.accepted} to edit"
+    yield _table(status)
+    yield from _failures(status)
     if status.checked is not None:
-        parts.append(Text(f"checksums: {status.checked - len(status.damaged)} files are sound"))
-    parts += [Text(f"damaged: {line}") for line in status.damaged]
-    if status.begun is not None and status.state not in ("finished", "running"):
-        parts.append(Text("`editfleet edit` with the same spec goes on with this run"))
-    return Group(*parts)
+        yield f"checksums: {status.checked - len(status.damaged)} files are sound"
+    yield from (f"damaged: {line}" for line in status.damaged)
+    if status.state not in ("finished", "running"):
+        yield "`editfleet edit` with the same spec goes on with this run"
 
 
 def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:

@@ -24,7 +24,7 @@ from pipeline.results.place import LISTING, LOCK, OWNER, is_run, require_fresh
 log = logging.getLogger(__name__)
 
 # `is_held` takes the lock for a moment, and so may stand in a starting driver's way.
-_PATIENCE_SECONDS = 1.0
+_PATIENCE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
