@@ -155,7 +155,8 @@ class ClusterSpec(_Part):
     """Say which shards have been out for longer than this, and for how long."""
     call_timeout_seconds: Annotated[Finite, Field(gt=0)] | None = None
     """Take a worker for lost that has not answered a call for this long: it is killed and replaced,
-    and its shard is tried again. Null waits for ever; a slow shard is not a dead one."""
+    and its shard is tried again. Give it more than the slowest shard and loading the model take;
+    null waits for ever."""
 
 
 class EvaluationSpec(_Part):

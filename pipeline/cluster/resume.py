@@ -46,18 +46,16 @@ def require_same_job(store: RunStore, plan: Plan) -> None:
             f"{store.path} holds a run with other settings: {'; '.join(differences)}. Set them as"
             f" they were to resume it, {_ANEW}"
         )
-    before, now_asked = begun.requests, Requests(**plan_entries(plan)["requests"])
-    if before != now_asked:
-        what = (
-            "their content is another"
-            if before.count == now_asked.count
-            else f"{before.count} were read then and {now_asked.count} now"
-        )
+    entries, before = plan_entries(plan), begun.requests
+    if before != Requests(**entries["requests"]):
+        what = "their content is another"
+        if before.count != len(plan.rows):
+            what = f"{before.count} were read then and {len(plan.rows)} now"
         raise InputError(
             f"{store.path}: the requests ({plan.spec.requests.path}) have changed since the run"
             f" began: {what}. Restore them to resume the run, {_ANEW}"
         )
-    if begun.plan != Cut(**plan_entries(plan)["plan"]):
+    if begun.plan != Cut(**entries["plan"]):
         raise InputError(
             f"{store.path}: another version of editfleet cut the requests into other shards; resume"
             f" the run with that one, {_ANEW}"

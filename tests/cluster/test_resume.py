@@ -1,9 +1,11 @@
 """Going on with a run: cut off anywhere, damaged, changed, held by somebody else."""
 
+import io
 import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from pipeline import RunResult, run_batch_edit
@@ -210,6 +213,24 @@ def test_a_complete_run_can_still_save_its_model(
     _assert_whole(read(path), job)
 
 
+def test_progress_shows_what_was_kept(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = job.cut(tmp_path / "run", 7)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    run_batch_edit(job.spec(path), console=console)
+    assert isinstance(console.file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+    assert f"{path}: going on with the run that was begun" in shown
+    assert re.search(r"values +.*12/12 \(6 kept\)", shown)
+    assert re.search(r"baseline +.*48/48 \(48 kept\)", shown)
+    with caplog.at_level(logging.INFO):
+        run_batch_edit(
+            job.spec(path, "output.save_model=true"), console=Console(file=io.StringIO())
+        )
+    assert "insertion: 22 of 22 kept from before" in caplog.text
+
+
 # --- damaged ------------------------------------------------------------------------------------
 
 _DAMAGED = {
@@ -380,12 +401,11 @@ def test_a_restart_begins_anew_beside_the_old_run(job: Job, tmp_path: Path) -> N
     path = job.cut(tmp_path / "run", 7)
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     spec = job.spec(path, "seed=0", "evaluation.probes=[]")
-    for number in (2, 3):
-        result = run_batch_edit(spec, restart=True)
-        assert result.path == tmp_path / f"run-{number}"
-        assert digests(read(result.path))["updates"] == digests(job.whole)["updates"]
+    (tmp_path / "run-2").mkdir()
+    result = run_batch_edit(spec, restart=True)
+    assert result.path == tmp_path / "run-3"
+    assert digests(read(result.path))["updates"] == digests(job.whole)["updates"]
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    assert run_batch_edit(job.spec(tmp_path / "new"), restart=True).path == tmp_path / "new"
 
 
 # --- ends ---------------------------------------------------------------------------------------
@@ -465,14 +485,10 @@ def _done(status: RunStatus) -> dict[str, tuple[int, int]]:
 
 
 def test_a_second_driver_is_refused(job: Job, tmp_path: Path) -> None:
-    path = job.cut(tmp_path / "run", 7)
+    path = job.cut(tmp_path / "run", 13)
     with held(path):
-        for restart in (False, True):
-            if restart:
-                assert run_batch_edit(job.spec(path), restart=True).path == tmp_path / "run-2"
-                continue
-            with pytest.raises(InputError, match=rf"process {os.getpid()} on \S+, for \d+ s\) is"):
-                job.resume(path)
+        with pytest.raises(InputError, match=rf"process {os.getpid()} on \S+, for \d+ s\) is"):
+            job.resume(path)
         assert run_status(path).is_held
     assert not run_status(path).is_held
     job.resume(path)
