@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from pipeline import RunResult, run_batch_edit
+from pipeline import RunResult, run_batch_edit, run_covariance
 from pipeline.cluster import run as run_module
 from pipeline.cluster.engine import Call, InProcessEngine
 from pipeline.covariances import covariance_path
@@ -34,6 +34,7 @@ from pipeline.results import Run, read
 from pipeline.results.lock import held
 from pipeline.spec import JobSpec
 from tests import families
+from tests.results.test_crash import snapshots_at_every_line
 from tests.tiny_jobs import TinyJobs, changed, digests, records
 
 ROOT = Path(__file__).parents[2]
@@ -343,7 +344,8 @@ def test_other_requests_are_refused(tiny: TinyJobs, job: Job, tmp_path: Path) ->
 def test_another_model_or_covariance_is_refused(
     tiny: TinyJobs, job: Job, tmp_path: Path, calls: list[str]
 ) -> None:
-    tiny.finished()  # has the covariances ready
+    # Not `tiny.finished()`, which other files share: here, probe shards are small.
+    run_covariance(tiny.spec(tmp_path / "run"))
     model, own = tmp_path / "model", tmp_path / "covariances"
     shutil.copytree(tiny.model(), model)
     shutil.copytree(tiny.root / "covariances" / "gpt2", own)
@@ -495,19 +497,6 @@ def test_a_second_driver_is_refused(job: Job, tmp_path: Path) -> None:
     _assert_whole(read(path), job)
 
 
-def test_a_lock_leaves_nothing_where_no_run_begins(tmp_path: Path) -> None:
-    for path in (tmp_path / "a" / "b", tmp_path / "c"):
-        with held(path):
-            assert path.is_dir()
-            with pytest.raises(InputError, match="another driver"), held(path):
-                pass
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "mine").mkdir()
-    with held(tmp_path / "mine"):
-        pass
-    assert list((tmp_path / "mine").iterdir()) == []
-
-
 def test_killed_and_resumed_the_bits_are_the_same(job: Job, tmp_path: Path) -> None:
     """SIGKILL at a random moment after the first value; the lock ends with its process."""
     path = tmp_path / "run"
@@ -534,3 +523,18 @@ def test_killed_and_resumed_the_bits_are_the_same(job: Job, tmp_path: Path) -> N
     run = read(path)
     assert repr(digests(run)) == repr(digests(job.whole))
     run.verify()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_crash_at_any_line_of_the_writing(job: Job, tmp_path: Path) -> None:
+    """Every state that the run directory is ever in, down to temporary files, is gone on from."""
+    path = tmp_path / "run"
+    copies = snapshots_at_every_line(path, lambda: job.resume(path), tmp_path)
+    assert len(copies) > 4 * len(PARTS)
+    for copy in copies:
+        job.resume(copy)
+        run = read(copy)
+        run.verify()
+        assert repr(digests(run)) == repr(digests(job.whole)), copy
+        assert run.manifest["status"] == "finished"
