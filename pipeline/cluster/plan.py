@@ -25,6 +25,9 @@ from pipeline.requests import EditRequest, RequestRow, resolve_conflicts
 from pipeline.sources import read_requests
 from pipeline.spec import JobSpec
 
+BASELINE_ROUND = -1
+ROUND = 0
+
 _FACTWORLD_REQUESTS = 200
 # Room for special tokens, the context's full stop and the space before a target.
 _MARGIN = 8

@@ -4,7 +4,9 @@ import logging
 from pathlib import Path
 
 from pipeline.cluster.covariance import Covariances
-from pipeline.cluster.plan import Plan
+from pipeline.cluster.insertion import stored_updates
+from pipeline.cluster.outcomes import shards_left
+from pipeline.cluster.plan import BASELINE_ROUND, ROUND, Plan, probe_shards
 from pipeline.cluster.record import package_versions, plan_entries
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
@@ -149,10 +151,21 @@ def drop_unsound(store: RunStore, layers: tuple[int, ...], num_shards: int) -> i
     return len(lost)
 
 
-def is_complete(store: RunStore, spec: JobSpec) -> bool:
-    """Whether nothing is left to do of what the spec asks for."""
-    has_model = (store.path / "model").is_dir() or not spec.output.save_model
-    return read_begun(store).status == "finished" and has_model
+def is_complete(store: RunStore, plan: Plan) -> bool:
+    """Whether nothing is left to do of what the plan asks for."""
+    evaluation, output = plan.spec.evaluation, plan.spec.output
+    probes = probe_shards(plan.shards, evaluation.probes)
+    rounds = (BASELINE_ROUND, ROUND) if evaluation.baseline else (ROUND,)
+    left = shards_left(store, "values", ROUND, plan.shards)
+    left += [shard for round in rounds for shard in shards_left(store, "metrics", round, probes)]
+    return (
+        read_begun(store).status == "finished"
+        and not left
+        and set(plan.layers) <= stored_updates(store).keys()
+        and store.has_part("edits", ROUND, 0)
+        and (store.path / "summary.json").is_file()
+        and (not output.save_model or (store.path / "model").is_dir())
+    )
 
 
 def _warn_of_other_versions(store: RunStore, begun: Begun) -> None:

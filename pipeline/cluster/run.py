@@ -18,7 +18,14 @@ from pipeline.cluster.outcomes import (
     rows_of,
     shards_left,
 )
-from pipeline.cluster.plan import Plan, make_plan, probe_shards, settle_spec
+from pipeline.cluster.plan import (
+    BASELINE_ROUND,
+    ROUND,
+    Plan,
+    make_plan,
+    probe_shards,
+    settle_spec,
+)
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.record import (
     begin_run,
@@ -48,9 +55,6 @@ from pipeline.results.store import RunStore
 from pipeline.spec import JobSpec
 
 log = logging.getLogger(__name__)
-
-BASELINE_ROUND = -1
-ROUND = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def _begin_or_go_on(
     if store is not None:
         require_same_job(store, plan)
         dropped = drop_unsound(store, plan.layers, len(plan.shards))
-        if not dropped and is_complete(store, spec):
+        if not dropped and is_complete(store, plan):
             progress.say(f"{store.path} is complete; nothing is left to do")
             return RunResult(store.path, store.read_json("summary.json"))
         progress.say(f"{store.path}: going on with the run that was begun")

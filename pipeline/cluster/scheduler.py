@@ -6,13 +6,13 @@ See docs/design.md, "Weights and versions".
 """
 
 import logging
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
+from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Update
 from pipeline.errors import EditfleetError, JobFailedError, WeightVersionMismatchError
 
@@ -85,9 +85,7 @@ class Scheduler:
     ) -> None:
         self.engine = engine
         self.max_retries = max_retries
-        self.stall_seconds = stall_seconds
-        self.call_timeout_seconds = call_timeout_seconds
-        self._said = time.monotonic()
+        self._waiter = Waiter(engine, stall_seconds, call_timeout_seconds)
         self.version = 0
         self._updates: list[tuple[int, Any]] = []
         self._contexts: tuple[str, ...] = ()
@@ -128,7 +126,7 @@ class Scheduler:
                 given = arguments(piece.shard, piece.items)
                 under_way[self.engine.submit(worker, method, *given, **settings)] = piece
             shards_out = {call: f"shard {p.shard.index}" for call, p in under_way.items()}
-            for call in self._wait(method, shards_out):
+            for call in self._waiter.wait(method, shards_out):
                 piece = under_way.pop(call)
                 outcome = outcomes[piece.shard.index]
                 self._settle(call, piece, waiting, outcome, split)
@@ -166,7 +164,7 @@ class Scheduler:
         ]
         for call in calls:
             try:
-                self._result(call, "apply")
+                self._waiter.result(call, "apply")
             except WorkerLostError as error:
                 self._replace(call.worker, error)
 
@@ -186,58 +184,12 @@ class Scheduler:
         self._home[method, piece.shard.index] = worker
         return worker, piece
 
-    def _wait(self, method: str, out: Mapping[Call, str]) -> list[Call]:
-        """Wait until calls are finished or overdue, and say which stall; `out` says what they are.
-
-        `_fetch` takes an overdue one for lost.
-        """
-        while True:
-            done = self.engine.wait(list(out), self._patience(out))
-            late = [call for call in out if call not in done and call.age >= self.stall_seconds]
-            if late and time.monotonic() - self._said >= self.stall_seconds:
-                self._said = time.monotonic()
-                log.warning(
-                    "%s: no answer yet from %s",
-                    method,
-                    ", ".join(f"{out[c]} on worker {c.worker} for {c.age:.0f} s" for c in late),
-                )
-            overdue = [call for call in out if call not in done and self._is_overdue(call)]
-            if done or overdue:
-                return done + overdue
-
-    def _patience(self, out: Iterable[Call]) -> float:
-        """Seconds until something is to be said or done about the oldest call."""
-        oldest, stall = max(call.age for call in out), self.stall_seconds
-        seconds = stall - oldest if oldest < stall else stall
-        if self.call_timeout_seconds is not None:
-            seconds = min(seconds, max(0.0, self.call_timeout_seconds - oldest))
-        return seconds
-
-    def _is_overdue(self, call: Call) -> bool:
-        return self.call_timeout_seconds is not None and call.age >= self.call_timeout_seconds
-
-    def _fetch(self, call: Call) -> Any:
-        if self._is_overdue(call) and not self.engine.wait([call], 0.0):
-            raise WorkerLostError(
-                f"no answer for {call.age:.0f} s, longer than cluster.call_timeout_seconds"
-            )
-        return self.engine.result(call)
-
-    def _result(self, call: Call, method: str) -> Any:
-        """Wait for one call and return its result.
-
-        Raises:
-            WorkerLostError: infrastructure failed, or the call is overdue.
-        """
-        self._wait(method, {call: method})
-        return self._fetch(call)
-
     def _settle(
         self, call: Call, piece: _Piece, waiting: deque[_Piece], outcome: Outcome, split: bool
     ) -> None:
         """Book a finished call."""
         try:
-            result = self._fetch(call)
+            result = self._waiter.fetch(call)
         except WorkerLostError as error:
             self._replace(call.worker, error)
             if piece.retries >= self.max_retries:
@@ -274,11 +226,11 @@ class Scheduler:
     def _insist(self, call: Call, method: str, args: Any, kwargs: Any) -> Any:
         for _ in range(self.max_retries):
             try:
-                return self._result(call, method)
+                return self._waiter.result(call, method)
             except WorkerLostError as error:
                 self._replace(call.worker, error)
                 call = self.engine.submit(call.worker, method, *args, **kwargs)
-        return self._result(call, method)
+        return self._waiter.result(call, method)
 
     def _replace(self, worker: int, error: WorkerLostError) -> None:
         """Start a lost worker anew and bring it to the version of the others."""
@@ -295,10 +247,10 @@ class Scheduler:
         self.engine.restart(worker)
         if self._contexts:
             call = self.engine.submit(worker, "set_contexts", self._contexts)
-            self._result(call, "set_contexts")
+            self._waiter.result(call, "set_contexts")
         for version, (layer, reference) in enumerate(self._updates):
             call = self.engine.submit(worker, "apply", layer, reference, version=version)
-            self._result(call, "apply")
+            self._waiter.result(call, "apply")
 
 
 def _reason(error: Exception) -> str:

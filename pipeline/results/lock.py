@@ -98,7 +98,7 @@ def read_owner(path: Path) -> Owner | None:
         str(owner)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s does not say who the driver is (%s)", path / OWNER, error)
         return None
     return owner

@@ -19,6 +19,7 @@ from pipeline.cluster.engine import Call, WorkerLostError
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.ray_engine import RayEngine
 from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Update
 from pipeline.errors import InputError, JobFailedError, WeightVersionMismatchError
 from pipeline.results import Run, read
@@ -238,12 +239,11 @@ def test_a_worker_that_gives_no_answer_is_replaced(
     engine: RayEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A process that is stopped, not dead: Ray alone would wait for it for ever."""
-    scheduler = Scheduler(engine, 1, stall_seconds=0.5, call_timeout_seconds=1.5)
-    before = scheduler.call("describe").process
+    before = engine.result(engine.submit(0, "describe")).process
     os.kill(before, signal.SIGSTOP)
     call = engine.submit(0, "describe")
     with pytest.raises(WorkerLostError, match="no answer for 2 s, longer than cluster"):
-        scheduler._result(call, "describe")
+        Waiter(engine, 0.5, 1.5).result(call, "describe")
     assert re.search(r"no answer yet from describe on worker 0 for 1 s", caplog.text)
     engine.restart(0)
     assert engine.result(engine.submit(0, "describe")).process != before

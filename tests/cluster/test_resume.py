@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from pipeline import RunResult, run_batch_edit, run_covariance
 from pipeline.cluster import run as run_module
 from pipeline.cluster.engine import Call, InProcessEngine
+from pipeline.cluster.plan import make_plan
+from pipeline.cluster.resume import is_complete
 from pipeline.covariances import covariance_path
 from pipeline.errors import (
     FingerprintMismatchError,
@@ -30,7 +32,7 @@ from pipeline.errors import (
     ResultsDamagedError,
 )
 from pipeline.report.status import RunStatus, run_status
-from pipeline.results import Run, read
+from pipeline.results import Run, RunStore, read
 from pipeline.results.lock import held
 from pipeline.spec import JobSpec
 from tests import families
@@ -197,6 +199,20 @@ def test_a_complete_run_is_left_as_it_is(job: Job, tmp_path: Path, calls: list[s
     result = job.resume(path, "cluster.workers=7", "cluster.hidden_states_gb=0", "name=other")
     assert result.summary == job.whole.summary and result.path == path and calls == []
     assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_a_run_that_only_says_it_is_complete_goes_on(job: Job, tmp_path: Path) -> None:
+    """With parts taken off the list, or without its summary, whatever its status is."""
+    for lines in (3, 6, 10, 12, 16, 17):
+        path = job.cut(tmp_path / str(lines), lines)
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"status": "finished"}))
+        if lines < len(PARTS):
+            shutil.copy(job.whole.path / "summary.json", path)
+        assert not is_complete(RunStore.open(path), make_plan(job.spec(path)))
+    job.resume(path)
+    _assert_whole(read(path), job)
+    assert is_complete(RunStore.open(path), make_plan(job.spec(path)))
 
 
 def test_a_complete_run_can_still_save_its_model(
