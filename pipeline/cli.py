@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline.errors import EditfleetError, InputError
+from pipeline.signals import Stopped, raising_stopped
 from pipeline.spec import JobSpec, load_spec
 
 app = typer.Typer(
@@ -31,7 +32,6 @@ Overrides = Annotated[
 
 EXIT_FAILED = 1
 EXIT_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
@@ -52,19 +52,35 @@ def edit(
     save_model: Annotated[
         bool, typer.Option("--save-model", help="Also write the edited model to RUN/model.")
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Begin anew in a new directory, RUN-2 for example."),
+    ] = False,
 ) -> None:
-    """Edit all requests in one batch, evaluate, and leave a run directory behind."""
+    """Edit all requests in one batch, evaluate, and leave a run directory behind.
+
+    A run that is there already is gone on with: what is finished is not computed again.
+    """
+    from pipeline.results.place import next_free
+
     extra = ["output.save_model=true"] if save_model else []
-    _edit(load_spec(spec, [*(overrides or []), *extra]))
+    job = load_spec(spec, [*(overrides or []), *extra])
+    if restart:
+        path = next_free(job.run_path)
+        _edit(job.at(path), f"without --restart and with --set output.path={path}")
+    else:
+        _edit(job, "")
 
 
 @app.command()
 def quickstart(overrides: Overrides = None) -> None:
     """Run the main job on the embedded model: 200 facts, two workers, about a minute."""
+    from pipeline.results.place import next_free
+
+    path = next_free(Path("runs") / "quickstart")
     settings = ["name=quickstart", "requests.limit=200", "cluster.workers=2"]
-    _edit(
-        load_spec(None, [*settings, f"output.path={_fresh_path('quickstart')}", *(overrides or [])])
-    )
+    spec = load_spec(None, [*settings, f"output.path={path}", *(overrides or [])])
+    _edit(spec, f"with --set output.path={spec.run_path}")
 
 
 @app.command()
@@ -87,6 +103,22 @@ def summary(run: RunPath) -> None:
     from pipeline.results import read
 
     _console().print(summary_tables(read(run).summary))
+
+
+@app.command()
+def status(
+    run: RunPath,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every file against its checksum.")
+    ] = False,
+) -> None:
+    """Say what is done of a run, what is left, what failed, and who is working on it."""
+    from pipeline.report.status import print_status, run_status
+
+    found = run_status(run, verify=verify)
+    print_status(found, _console())
+    if found.damaged:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -114,29 +146,33 @@ def build(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 something failed, 2 the input is wrong."""
+    """Run the command line and exit: 0 done, 1 something failed, 2 the input is wrong.
+
+    SIGINT and SIGTERM make it 130 and 143.
+    """
     try:
-        app(args=arguments, standalone_mode=True)
+        with raising_stopped("what was finished is kept"):
+            app(args=arguments, standalone_mode=True)
     except InputError as error:
         typer.echo(f"editfleet: {error}", err=True)
         sys.exit(EXIT_INPUT)
     except EditfleetError as error:
         typer.echo(f"editfleet: {error}", err=True)
         sys.exit(EXIT_FAILED)
-    except SystemExit as ended:
-        # What typer makes of control-C, without a word.
-        if ended.code == EXIT_INTERRUPTED:
-            typer.echo("editfleet: interrupted; what was finished is kept", err=True)
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
         raise
 
 
-def _edit(spec: JobSpec) -> None:
+def _edit(spec: JobSpec, how_to_resume: str) -> None:
     from pipeline.cluster.run import run_batch_edit
     from pipeline.report.summary import problem_lines, summary_tables
     from pipeline.results import read
 
     console = _console()
-    result = run_batch_edit(spec, console=console)
+    way = " ".join(filter(None, ("the same command", how_to_resume)))
+    with raising_stopped(f"what was finished is kept in {spec.run_path}, and {way} resumes it"):
+        result = run_batch_edit(spec, console=console)
     console.print(summary_tables(result.summary))
     for line in problem_lines(read(result.path).edits().to_pylist()):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -145,15 +181,6 @@ def _edit(spec: JobSpec) -> None:
         raise typer.Exit(EXIT_FAILED)
     if result.counts["rejected"] or result.counts["conflict"]:
         raise typer.Exit(EXIT_INPUT)
-
-
-def _fresh_path(name: str) -> Path:
-    """The first of runs/NAME, runs/NAME-2, ... that is not there yet."""
-    number, path = 1, Path("runs") / name
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{name}-{number}"
-    return path
 
 
 def _console() -> Console:

@@ -17,6 +17,8 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+_LONGEST_SHOWN = 200
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(
@@ -153,7 +155,11 @@ class ClusterSpec(_Part):
     max_retries: NonNegative = 3
     """Times that a shard is tried again after an infrastructure error."""
     stall_seconds: Annotated[Finite, Field(gt=0)] = 120.0
-    """Say which shards are still out when nothing finished for this long."""
+    """Say which shards have been out for longer than this, and for how long."""
+    call_timeout_seconds: Annotated[Finite, Field(gt=0)] | None = None
+    """Take a worker for lost that has not answered a call for this long: it is killed and replaced,
+    and its shard is tried again. Give it more than the slowest shard and loading the model take;
+    null waits for ever."""
 
 
 class EvaluationSpec(_Part):
@@ -198,10 +204,50 @@ class JobSpec(_Part):
         """The run directory."""
         return Path(self.output.path or Path("runs") / self.name)
 
+    def at(self, path: Path) -> "JobSpec":
+        """The same job with another run directory."""
+        output = self.output.model_copy(update={"path": str(path)})
+        return self.model_copy(update={"output": output})
+
+    def deciding(self) -> dict[str, Any]:
+        """Every setting that decides the result, to its last bits, as path -> plain value."""
+        content = _flat(self.model_dump(mode="json"))
+        return {name: value for name, value in content.items() if name not in _FREE}
+
     def digest(self) -> str:
         """SHA-256 of what decides the result; cluster size and output place are left out."""
-        content = self.model_dump(mode="json", exclude={"output", "cluster", "name"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        content = json.dumps(self.deciding(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def differences(self, earlier: "JobSpec") -> list[str]:
+        """Each setting that makes this job another one than an earlier one, with both values."""
+        before, now = earlier.deciding(), self.deciding()
+        return [
+            f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}"
+            for name in now | before
+            if before.get(name) != now.get(name)
+        ]
+
+
+# What may differ when a run is resumed: where and how widely it runs, which no bit of the result
+# follows. Not among them are shard_size, value_batch_size, cpus_per_worker and reducer_threads.
+# A new setting decides until it is put here.
+_FREE = frozenset(
+    {
+        "name",
+        "covariance.path",
+        "cluster.engine",
+        "cluster.address",
+        "cluster.workers",
+        "cluster.gpus_per_worker",
+        "cluster.hidden_states_gb",
+        "cluster.max_retries",
+        "cluster.stall_seconds",
+        "cluster.call_timeout_seconds",
+        "output.path",
+        "output.save_model",
+    }
+)
 
 
 def load_spec(path: str | Path | None, overrides: list[str] | None = None) -> JobSpec:
@@ -239,6 +285,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: a spec is a mapping of settings, got {type(content).__name__}")
     return content
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        below = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat |= {f"{prefix}{name}": value} if below is None else below
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _override(content: dict[str, Any], override: str) -> None:

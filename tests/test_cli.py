@@ -1,9 +1,9 @@
 """The command: what it prints, how it exits, and what it leaves when the input is wrong."""
 
-import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -370,8 +370,31 @@ def test_a_run_prints_its_summary_and_place(cli: Cli, spec: Path, tmp_path: Path
     assert exported.code == 0 and (tmp_path / "edited" / "model.safetensors").is_file()
 
 
+def test_a_run_that_is_there_is_gone_on_with(cli: Cli, spec: Path, tmp_path: Path) -> None:
+    first = cli("edit", spec)
+    again = cli("edit", spec)
+    assert again.code == 0 and again.out.endswith(first.out)
+    status = cli("status", tmp_path / "out", "--verify")
+    assert status.code == 0 and f"{tmp_path / 'out'}: finished" in status.out
+    assert "4 of 4 shards" in status.out and "9 files are sound" in status.out
+    refused = cli("edit", spec, "--set", "seed=3")
+    assert refused.code == 2 and "seed was 0 and is 3" in refused.err
+    assert len(refused.err.splitlines()) == 1
+    anew = cli("edit", spec, "--set", "seed=3", "--restart")
+    assert anew.code == 0
+    assert anew.out.splitlines()[-1] == f"run directory: {tmp_path / 'out-2'}"
+    assert read(tmp_path / "out").manifest["spec"]["seed"] == 0
+    part = read(tmp_path / "out").files("metrics")[0]
+    part.write_bytes(part.read_bytes()[:-1])
+    damaged = cli("status", tmp_path / "out", "--verify")
+    assert damaged.code == 1 and "8 files are sound" in damaged.out
+    assert "damaged: " in damaged.out and part.name in damaged.out
+    assert cli("status", tmp_path / "out").code == 0
+
+
 def test_runs_that_are_none(cli: Cli, tmp_path: Path) -> None:
-    for command in (["summary", tmp_path], ["export", tmp_path, tmp_path / "edited"]):
+    commands = [["summary", tmp_path], ["status", tmp_path]]
+    for command in (*commands, ["export", tmp_path, tmp_path / "edited"]):
         _assert_refused(cli(*command), tmp_path, str(tmp_path), "not a run directory")
 
 
@@ -386,7 +409,15 @@ def test_version_and_help(cli: Cli) -> None:
 def test_help_names_every_command(cli: Cli) -> None:
     result = cli("--help")
     assert result.code == 0
-    for command in ("edit", "quickstart", "covariance", "summary", "export", "factworld"):
+    for command in (
+        "edit",
+        "quickstart",
+        "covariance",
+        "summary",
+        "status",
+        "export",
+        "factworld",
+    ):
         assert re.search(rf"\b{command}\b", result.out)
         assert cli(command, "--help").code == 0
     assert "--save-model" in cli("edit", "--help").out
@@ -481,27 +512,80 @@ def test_an_address_where_nobody_answers(spec: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupt_ends_with_130(tiny: TinyJobs, tmp_path: Path) -> None:
-    """Control-C during the values: one line, and what was finished is kept."""
-    settings = tiny.settings(tmp_path / "out", requests=records(144))
-    settings["cluster"]["shard_size"] = 1
-    settings["method"]["value"]["steps"] = 40
-    spec = tiny.spec_file(tmp_path / "spec.yaml", settings)
+def _stopped(spec: Path, number: int, parts: int, run: Path) -> tuple[int, str, int]:
+    """Send a signal to the command once the run holds so many values.
+
+    Returns its code, its last line, and how many processes ended with it.
+    """
     with subprocess.Popen(
         [*COMMAND, "edit", str(spec)],
         cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": "", _MARK: str(run)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         deadline = time.monotonic() + 120
-        while len(list((tmp_path / "out").glob("values/*.parquet"))) < 2:
+        while len(list(run.glob("values/*.parquet"))) < parts:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(2)
+        before = _marked(run)
+        process.send_signal(number)
+        sent = time.monotonic()
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err and "interrupted" in err.splitlines()[-1]
-    run = read(tmp_path / "out")
-    assert run.manifest["status"] == "running" and run.values().num_rows >= 2
-    json.dumps(run.manifest)
+    assert time.monotonic() - sent < 10 and "Traceback" not in err
+    while left := _marked(run):
+        assert time.monotonic() - sent < 15, left
+        time.sleep(0.1)
+    return process.returncode, err.splitlines()[-1], len(before)
+
+
+_MARK = "EDITFLEET_TEST_RUN"
+
+
+def _marked(run: Path) -> list[Path]:
+    """The command's process and all that it started."""
+    return [p for p in Path("/proc").glob("[0-9]*/environ") if _holds(p, f"{_MARK}={run}".encode())]
+
+
+def _holds(path: Path, text: bytes) -> bool:
+    try:
+        return text in path.read_bytes()
+    except OSError:  # the process has ended, or is another user's
+        return False
+
+
+def test_signals_end_a_run_that_can_go_on(tiny: TinyJobs, tmp_path: Path) -> None:
+    """SIGTERM, then SIGINT to the run that went on: a line each, and what was finished is kept."""
+    settings = tiny.settings(tmp_path / "out", requests=records(144))
+    settings["cluster"]["shard_size"] = 1
+    settings["method"]["value"]["steps"] = 40
+    spec, run = tiny.spec_file(tmp_path / "spec.yaml", settings), tmp_path / "out"
+    code, line, _ = _stopped(spec, signal.SIGTERM, 2, run)
+    assert code == 143 and line == (
+        f"editfleet: terminated; what was finished is kept in {run}, and the same command"
+        " resumes it"
+    )
+    first = read(run)
+    assert first.manifest["status"] == "interrupted" and first.values().num_rows >= 2
+    code, line, _ = _stopped(spec, signal.SIGINT, first.values().num_rows + 2, run)
+    assert code == 130 and line.startswith("editfleet: interrupted; what was finished is kept")
+    second = read(run)
+    assert second.manifest["status"] == "interrupted" and len(second.manifest["resumed"]) == 1
+    names = second.values()["case_id"].to_pylist()
+    assert set(first.values()["case_id"].to_pylist()) < set(names) and len(names) == len(set(names))
+    second.verify()
+    assert not (run / ".driver.json").exists() and not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_workers_of_ray(tiny: TinyJobs, tmp_path: Path, number: int) -> None:
+    settings = tiny.settings(tmp_path / "out", requests=records(144))
+    settings["cluster"] |= {"shard_size": 1, "engine": "ray", "workers": 2}
+    settings["method"]["value"]["steps"] = 40
+    spec = tiny.spec_file(tmp_path / "spec.yaml", settings)
+    code, line, processes = _stopped(spec, number, 2, tmp_path / "out")
+    assert code == 128 + number and "the same command resumes it" in line
+    assert processes > 4, "driver, two workers, reducer and Ray's own"

@@ -255,6 +255,13 @@ def _digest(*overrides: str) -> str:
         "output.save_model=true",
         "cluster.workers=7",
         "cluster.engine=in_process",
+        "cluster.address=auto",
+        "cluster.gpus_per_worker=0",
+        "cluster.hidden_states_gb=2",
+        "cluster.max_retries=1",
+        "cluster.stall_seconds=1",
+        "cluster.call_timeout_seconds=1",
+        "covariance.path=/x",
     ],
 )
 def test_the_digest_ignores_where_and_how_widely_a_job_runs(override: str) -> None:
@@ -274,12 +281,37 @@ def test_the_digest_ignores_where_and_how_widely_a_job_runs(override: str) -> No
         'method.contexts=["{}"]',
         "covariance.samples=5",
         "evaluation.baseline=false",
+        "cluster.shard_size=7",
+        "cluster.value_batch_size=7",
+        "cluster.cpus_per_worker=7",
+        "cluster.reducer_threads=7",
     ],
 )
 def test_the_digest_follows_what_decides_the_result(override: str) -> None:
     assert _digest(override) != _digest()
     assert _digest(override) == _digest(override)
     assert len(_digest(override)) == 64
+
+
+def test_differences_are_named_with_both_values() -> None:
+    earlier = load_spec(None, ["method.layers=[1, 2]", "cluster.workers=3"])
+    assert earlier.differences(earlier) == []
+    now = load_spec(None, ["seed=4", "method.contexts=['{}, and {x}']", "cluster.workers=5"])
+    assert now.differences(earlier) == [
+        "method.layers was [1, 2] and is null",
+        'method.contexts was null and is ["{}, and {x}"]',
+        "seed was 0 and is 4",
+    ]
+    long = load_spec(None, [f"model.path={'x' * 999}"]).differences(earlier)[0]
+    assert len(long) < 300 and long.endswith("...")
+
+
+def test_every_setting_that_is_free_exists() -> None:
+    from pipeline import spec as module
+
+    everything = module._flat(JobSpec().model_dump())
+    assert set(everything) > module._FREE
+    assert JobSpec().deciding().keys() == everything.keys() - module._FREE
 
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -1,5 +1,6 @@
 """The covariance phase: reuse what fits, compute the rest on the workers, keep it on disk."""
 
+import hashlib
 import logging
 import math
 import sys
@@ -42,6 +43,13 @@ class Covariances:
     matrices: dict[int, Tensor]
     tokens: dict[int, int]
     directory: Path
+
+    def digests(self) -> dict[str, str]:
+        """Layer, as text, -> SHA-256 in hexadecimal of its matrix."""
+        return {
+            str(layer): hashlib.sha256(matrix.contiguous().numpy().data).hexdigest()
+            for layer, matrix in sorted(self.matrices.items())
+        }
 
 
 def ensure_covariances(

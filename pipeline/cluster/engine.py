@@ -4,9 +4,10 @@ An engine only submits calls and hands back their results; retries, versions and
 scheduler's (scheduler.py).
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,12 @@ class Call:
     worker: int
     handle: Any
     reference: Any = None
+    sent: float = field(default_factory=time.monotonic)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was sent."""
+        return time.monotonic() - self.sent
 
 
 class Engine(Protocol):

@@ -1,6 +1,7 @@
 """Insertion: layer by layer, keys from the workers, one update from the reducer, back to all."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.update import Update
 from pipeline.errors import JobFailedError
 from pipeline.results.store import RunStore
-from pipeline.results.updates import write_update
+from pipeline.results.updates import read_update, write_update
 from pipeline.spec import JobSpec
 
 log = logging.getLogger(__name__)
@@ -26,21 +27,28 @@ def insert(
     scheduler: Scheduler,
     store: RunStore,
     shards: list[Shard],
-    covariances: Covariances,
+    covariances: Covariances | None,
     worker: WorkerDescription,
     progress: PhaseProgress,
 ) -> None:
     """Write all values into the weights, in ascending order of layers.
+
+    Updates that the run holds already are applied as they are; without `covariances` all must be.
 
     Raises:
         JobFailedError: a layer's equations cannot be solved, or the reducer keeps dying.
     """
     layers = spec.method.layers
     assert layers is not None
-    values = _read_values(store)
-    total = len(layers) * sum(len(shard.items) for shard in shards)
-    with progress.phase("insertion", total) as ticker:
+    stored = stored_updates(store)
+    values = _read_values(store) if covariances is not None else {}
+    edits = sum(len(shard.items) for shard in shards)
+    with progress.phase("insertion", len(layers) * edits, len(stored) * edits) as ticker:
         for layer in layers:
+            if layer in stored:
+                scheduler.apply(layer, read_update(stored[layer])[1])
+                continue
+            assert covariances is not None
             update = _solve_layer(spec, scheduler, shards, values, covariances, layer)
             _check(update, layer)
             write_update(
@@ -52,7 +60,16 @@ def insert(
                 metadata={"method": spec.method.name, "fingerprint": worker.fingerprint},
             )
             scheduler.apply(layer, update)
-            ticker.advance(total // len(layers))
+            ticker.advance(edits)
+
+
+def stored_updates(store: RunStore) -> dict[int, Path]:
+    """Layer -> file of the updates that a run holds."""
+    return {
+        part.layer: store.path / part.name
+        for part in store.parts("update", round=0)
+        if part.layer is not None
+    }
 
 
 def _solve_layer(

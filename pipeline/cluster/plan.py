@@ -4,6 +4,8 @@ Shards follow from the requests and `cluster.shard_size` alone, so that the resu
 on how many workers there are.
 """
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +24,9 @@ from pipeline.prompts import CONTEXT_TOKENS
 from pipeline.requests import EditRequest, RequestRow, resolve_conflicts
 from pipeline.sources import read_requests
 from pipeline.spec import JobSpec
+
+BASELINE_ROUND = -1
+ROUND = 0
 
 _FACTWORLD_REQUESTS = 200
 # Room for special tokens, the context's full stop and the space before a target.
@@ -48,9 +53,26 @@ class Plan:
     shards: list[Shard]
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited layers, ascending."""
+        assert self.spec.method.layers is not None
+        return self.spec.method.layers
+
+    @property
     def num_requests(self) -> int:
         """Requests to edit."""
         return sum(len(shard.items) for shard in self.shards)
+
+    def requests_digest(self) -> str:
+        """SHA-256 in hexadecimal of all rows in their order, whatever file they came from."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            if row.request is None:
+                content = json.dumps([row.status, dict(row.fields)], sort_keys=True)
+            else:
+                content = row.request.model_dump_json()
+            digest.update(content.encode() + b"\n")
+        return digest.hexdigest()
 
 
 def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> Plan:

@@ -32,10 +32,13 @@ class PhaseProgress:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator["Ticker"]:
-        """Show and time one phase of `total` units; a phase entered twice adds up."""
+    def phase(self, name: str, total: int, kept: int = 0) -> Iterator["Ticker"]:
+        """Show and time one phase of `total` units, some of which were finished by an earlier run.
+
+        A phase entered twice adds up.
+        """
         start = time.perf_counter()
-        ticker = self._ticker(name, total)
+        ticker = self._ticker(name, total, kept)
         try:
             with ticker:
                 yield ticker
@@ -43,12 +46,19 @@ class PhaseProgress:
             elapsed = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
-    def _ticker(self, name: str, total: int) -> "Ticker":
+    def say(self, text: str) -> None:
+        """Show one line, on the terminal or in the log."""
+        if self.console is not None and self.console.is_terminal:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self.console is not None:
+            log.info("%s", text)
+
+    def _ticker(self, name: str, total: int, kept: int) -> "Ticker":
         if self.console is None:
             return Ticker()
         if self.console.is_terminal:
-            return _Bar(self.console, name, total)
-        return _Lines(name, total)
+            return _Bar(self.console, name, total, kept)
+        return _Lines(name, total, kept)
 
 
 class Ticker:
@@ -65,17 +75,18 @@ class Ticker:
 
 
 class _Bar(Ticker):
-    def __init__(self, console: Console, name: str, total: int) -> None:
+    def __init__(self, console: Console, name: str, total: int, kept: int) -> None:
         self.progress = Progress(
             TextColumn(f"{name:<12}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn(f"({kept} kept)" if kept else ""),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.progress.add_task(name, total=total)
+        self.task = self.progress.add_task(name, total=total, completed=kept)
 
     def __enter__(self) -> Ticker:
         self.progress.start()
@@ -89,9 +100,14 @@ class _Bar(Ticker):
 
 
 class _Lines(Ticker):
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done = name, total, 0
+    def __init__(self, name: str, total: int, kept: int) -> None:
+        self.name, self.total, self.kept, self.done = name, total, kept, kept
         self.start = self.said = time.perf_counter()
+
+    def __enter__(self) -> Ticker:
+        if self.kept:
+            log.info("%s: %d of %d kept from before", self.name, self.kept, self.total)
+        return self
 
     def advance(self, units: int) -> None:
         self.done += units
@@ -100,12 +116,13 @@ class _Lines(Ticker):
             return
         self.said = now
         elapsed = max(now - self.start, 1e-9)
-        left = elapsed * (self.total - self.done) / max(1, self.done)
+        done = self.done - self.kept
+        left = elapsed * (self.total - self.done) / max(1, done)
         log.info(
             "%s: %d of %d, %.1f a second, %.0f s left",
             self.name,
             self.done,
             self.total,
-            self.done / elapsed,
+            done / elapsed,
             left,
         )

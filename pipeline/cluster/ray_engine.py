@@ -2,13 +2,16 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import (
     ActorUnavailableError,
+    GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _LOST = (
     ActorUnavailableError,
+    GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
@@ -95,7 +99,8 @@ class RayEngine:
     def reduce(self, method: str, *args: Any) -> Any:
         """Call the reducer and wait; a lost reducer is replaced before the error goes on."""
         try:
-            return _fetch(getattr(self._reducer, method).remote(*args))
+            handle = getattr(self._reducer, method).remote(*args)
+            return _fetch(handle, self.spec.cluster.call_timeout_seconds)
         except WorkerLostError:
             ray.kill(self._reducer)
             self._reducer = self._new_reducer()
@@ -144,10 +149,10 @@ class RayEngine:
                 )
 
 
-def _fetch(handle: Any) -> Any:
+def _fetch(handle: Any, timeout: float | None = None) -> Any:
     """Get an object; errors of ours come back as they were raised, lost ones as WorkerLostError."""
     try:
-        return ray.get(handle)
+        return ray.get(handle, timeout=timeout)
     except RayActorError as error:
         cause = _cause_of_start_failure(error)
         if cause is not None:
@@ -180,7 +185,7 @@ def _connect(cluster: ClusterSpec) -> None:
     if address:
         try:
             _knock(address)
-            ray.init(address=address, **quiet)
+            _init(address=address, **quiet)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"cluster.address: no Ray cluster answers at {address!r}"
@@ -189,13 +194,27 @@ def _connect(cluster: ClusterSpec) -> None:
         return
     # A cluster of its own has token authentication on, of which Ray would warn at every start.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(
+    _init(
         address="local",
         num_cpus=_local_cpus(cluster),
         include_dashboard=False,
         object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         **quiet,
     )
+
+
+def _init(**settings: Any) -> None:
+    """`ray.init`, which puts a handler of SIGTERM of its own in the place of the process's."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**settings)
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM and callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _knock(address: str) -> None:

@@ -1,5 +1,6 @@
 """What a job writes about itself: manifest, edits, summary, the edited model and its card."""
 
+import logging
 import platform
 import shutil
 from collections import Counter
@@ -8,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.cluster.covariance import Covariances
-from pipeline.cluster.plan import Plan
+from pipeline.cluster.plan import Plan, probe_shards
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.worker import WorkerDescription
@@ -16,6 +17,8 @@ from pipeline.evaluation.metrics import summarise
 from pipeline.model_card import write_model_card
 from pipeline.requests import RequestRow
 from pipeline.results.store import RunStore
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("editfleet", "torch", "transformers", "ray", "pyarrow", "tokenizers")
 
@@ -28,6 +31,7 @@ def begin_run(
     num_workers: int,
 ) -> RunStore:
     """Make the run directory with a manifest that says exactly what is going to be done."""
+    generated = plan.spec.method.contexts is None
     method = plan.spec.method.model_copy(update={"contexts": contexts})
     spec = plan.spec.model_copy(update={"method": method})
     return RunStore.create(
@@ -39,6 +43,8 @@ def begin_run(
             "spec": spec.model_dump(mode="json"),
             "spec_sha256": spec.digest(),
             "settings_source": plan.settings_source,
+            "contexts_source": "generated" if generated else "spec",
+            **plan_entries(plan),
             "model": {
                 "path": spec.model.path,
                 "revision": spec.model.revision,
@@ -48,19 +54,60 @@ def begin_run(
             "covariance": {
                 "directory": str(covariances.directory),
                 "tokens": {str(layer): count for layer, count in covariances.tokens.items()},
+                "sha256": covariances.digests(),
             },
-            "workers": {
-                "count": num_workers,
-                "threads": worker.threads,
-                "device": worker.device,
-                "device_reason": worker.device_reason,
-            },
-            "versions": {
-                "python": platform.python_version(),
-                **{package: _version(package) for package in _PACKAGES},
-            },
+            "workers": _workers(worker, num_workers),
+            "versions": package_versions(),
         },
     )
+
+
+def go_on(store: RunStore, worker: WorkerDescription, num_workers: int) -> None:
+    """Write into the manifest of an earlier run that a driver has taken it up again."""
+    entry = {
+        "at": _now(),
+        "workers": _workers(worker, num_workers),
+        "versions": package_versions(),
+    }
+    resumed = [*store.manifest.get("resumed", []), entry]
+    store.update_manifest(status="running", stopped=None, resumed=resumed)
+
+
+def stop_run(store: RunStore, progress: PhaseProgress, error: BaseException) -> None:
+    """Write into the manifest that the job ended before it was finished, and why."""
+    failed = isinstance(error, Exception)
+    try:
+        store.update_manifest(
+            status="failed" if failed else "interrupted",
+            stopped={"at": _now(), "reason": _reason(error) if failed else "interrupted"},
+            seconds=_rounded(progress.seconds),
+        )
+    except OSError as problem:
+        # A full disk is likely why the job ends; its own error says more.
+        log.warning("%s: cannot write down that the job has ended: %s", store.path, problem)
+
+
+def plan_entries(plan: Plan) -> dict[str, Any]:
+    """What a manifest says about the requests and how they are cut, to be compared on resuming."""
+    shards = probe_shards(plan.shards, plan.spec.evaluation.probes)
+    return {
+        "requests": {
+            "count": len(plan.rows),
+            "accepted": plan.num_requests,
+            "sha256": plan.requests_digest(),
+        },
+        "plan": {
+            "shards": len(plan.shards),
+            "probes": sum(len(shard.items) for shard in shards),
+            "probe_shards": len(shards),
+        },
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a result can depend on."""
+    packages = {package: _version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def edit_rows(rows: list[RequestRow], failures: dict[str, str], round: int) -> list[dict[str, Any]]:
@@ -73,7 +120,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Write summary.json, close the manifest, and return the summary."""
     statuses = Counter(store.read_parts("edits")["status"].to_pylist())
-    seconds = {name: round(value, 3) for name, value in progress.seconds.items()}
+    seconds = _rounded(progress.seconds)
     summary = {
         "name": store.manifest["name"],
         "requests": {
@@ -100,6 +147,7 @@ def finish_run(
 def save_edited_model(store: RunStore, scheduler: Scheduler, applied: int) -> None:
     """Write the edited model with its card to model/, which is there whole or not at all."""
     temporary, final = store.path / ".model.tmp", store.path / "model"
+    shutil.rmtree(final, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
     scheduler.call("save_model", str(temporary.resolve()), version=scheduler.version)
     write_model_card(temporary, store.manifest, applied)
@@ -115,6 +163,23 @@ def _edit_row(row: RequestRow, failures: dict[str, str], round: int) -> dict[str
     else:
         status, reason = row.status, row.reason
     return {"round": round, **row.fields, "status": status, "reason": reason}
+
+
+def _workers(worker: WorkerDescription, num_workers: int) -> dict[str, Any]:
+    return {
+        "count": num_workers,
+        "threads": worker.threads,
+        "device": worker.device,
+        "device_reason": worker.device_reason,
+    }
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _version(package: str) -> str | None:

@@ -6,33 +6,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Console
 
 from pipeline.cluster.covariance import Covariances, ensure_covariances
 from pipeline.cluster.engine import Engine, InProcessEngine
-from pipeline.cluster.insertion import insert
-from pipeline.cluster.plan import Plan, make_plan, probe_shards, settle_spec
+from pipeline.cluster.insertion import insert, stored_updates
+from pipeline.cluster.outcomes import (
+    failed_probes,
+    finite_values,
+    num_items,
+    rows_of,
+    shards_left,
+)
+from pipeline.cluster.plan import (
+    BASELINE_ROUND,
+    ROUND,
+    Plan,
+    make_plan,
+    probe_shards,
+    settle_spec,
+)
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.record import (
     begin_run,
     edit_rows,
     finish_run,
+    go_on,
     save_edited_model,
+    stop_run,
 )
-from pipeline.cluster.scheduler import Outcome, Scheduler, Shard
+from pipeline.cluster.resume import (
+    drop_unsound,
+    earlier_spec,
+    is_complete,
+    open_earlier,
+    require_same_covariances,
+    require_same_job,
+    require_same_model,
+)
+from pipeline.cluster.scheduler import Scheduler, Shard
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import JobFailedError
 from pipeline.requests import EditRequest
-from pipeline.results.schemas import SCHEMAS
-from pipeline.results.store import RunStore, require_fresh
+from pipeline.results.lock import held
+from pipeline.results.manifest import read_begun
+from pipeline.results.place import next_free
+from pipeline.results.store import RunStore
 from pipeline.spec import JobSpec
 
 log = logging.getLogger(__name__)
-
-BASELINE_ROUND = -1
-ROUND = 0
 
 
 @dataclass(frozen=True)
@@ -57,29 +79,53 @@ def run_batch_edit(
     spec: JobSpec,
     requests: Sequence[EditRequest] | None = None,
     *,
+    restart: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Edit all requests in one batch and leave a run directory behind.
 
+    A run that the directory holds already is gone on with, if it is of the same job: nothing that
+    it holds is computed again, and the result is the same bits as without the interruption. If it
+    is complete, its summary is returned.
+
     Args:
         spec: the job; settings left null are taken from the model's published defaults.
         requests: edit requests given in memory; null reads `spec.requests`.
+        restart: begin anew in the first of PATH, PATH-2, PATH-3, ... that is free.
         console: where to show progress; null is silent.
 
     Returns:
         The run directory and its summary.
 
     Raises:
-        InputError: the spec, the requests or the model are wrong; nothing was written.
+        InputError: the spec, the requests or the model are wrong, or not those that the run was
+            begun with, or another driver works on it; nothing was written.
         JobFailedError: the job could not go on; the run directory holds what was finished.
+        ResultsDamagedError: the run's manifest is damaged.
     """
-    require_fresh(spec.run_path)
+    if restart:
+        spec = spec.at(next_free(spec.run_path))
+    with held(spec.run_path):
+        return _begin_or_go_on(spec, requests, PhaseProgress(console))
+
+
+def _begin_or_go_on(
+    spec: JobSpec, requests: Sequence[EditRequest] | None, progress: PhaseProgress
+) -> RunResult:
+    store = open_earlier(spec.run_path)
     plan = make_plan(spec, requests)
-    progress = PhaseProgress(console)
+    if store is not None:
+        require_same_job(store, plan)
+        dropped = drop_unsound(store, plan.layers, len(plan.shards))
+        if not dropped and is_complete(store, plan):
+            progress.say(f"{store.path} is complete; nothing is left to do")
+            return RunResult(store.path, store.read_json("summary.json"))
+        progress.say(f"{store.path}: going on with the run that was begun")
+        progress.seconds.update(read_begun(store).seconds)
     with progress.phase("start", 1):
         engine = start_engine(plan.spec)
     try:
-        return _Batch(plan, engine, progress).run()
+        return _Batch(plan, engine, progress, store).run()
     finally:
         engine.close()
 
@@ -96,7 +142,7 @@ def run_covariance(spec: JobSpec, *, console: Console | None = None) -> Covarian
     with progress.phase("start", 1):
         engine = start_engine(spec)
     try:
-        scheduler = Scheduler(engine, spec.cluster.max_retries, spec.cluster.stall_seconds)
+        scheduler = _scheduler(engine, spec)
         return ensure_covariances(spec, scheduler, scheduler.call("describe"), progress)
     finally:
         engine.close()
@@ -113,22 +159,37 @@ def start_engine(spec: JobSpec) -> Engine:
 
 
 class _Batch:
-    """One batch job under way."""
+    """One batch job under way; `earlier` is the run that it goes on with, if any."""
 
-    def __init__(self, plan: Plan, engine: Engine, progress: PhaseProgress) -> None:
+    def __init__(
+        self, plan: Plan, engine: Engine, progress: PhaseProgress, earlier: RunStore | None
+    ) -> None:
         self.plan, self.engine, self.progress = plan, engine, progress
-        cluster = plan.spec.cluster
-        self.scheduler = Scheduler(engine, cluster.max_retries, cluster.stall_seconds)
+        self.earlier = earlier
+        self.store: RunStore | None = None
+        self.scheduler = _scheduler(engine, plan.spec)
         self.failures: dict[str, str] = {}
 
     def run(self) -> RunResult:
-        """Do the job; reads like the picture in docs/design.md."""
+        """Do the job, and write down why if it ends early."""
+        try:
+            return self._run()
+        except BaseException as error:
+            if self.store is not None:
+                stop_run(self.store, self.progress, error)
+            if isinstance(error, OSError):
+                raise JobFailedError(
+                    f"{error}; what was finished is kept in {self.plan.spec.run_path}, and the same"
+                    " command goes on from there"
+                ) from error
+            raise
+
+    def _run(self) -> RunResult:
+        """Reads like the picture in docs/design.md."""
         worker: WorkerDescription = self.scheduler.call("describe")
-        covariances = ensure_covariances(self.plan.spec, self.scheduler, worker, self.progress)
-        contexts = self._contexts()
-        store = begin_run(self.plan, worker, contexts, covariances, self.engine.num_workers)
-        evaluation = self.plan.spec.evaluation
-        if evaluation.baseline:
+        covariances = self._covariances(worker)
+        store = self._begin(worker, covariances)
+        if self.plan.spec.evaluation.baseline:
             self._evaluate(store, "baseline", BASELINE_ROUND)
         self._values(store)
         live = self._live_shards(store)
@@ -147,27 +208,53 @@ class _Batch:
         memory = self.scheduler.broadcast("peak_memory")
         return RunResult(store.path, finish_run(store, self.progress, memory))
 
-    def _contexts(self) -> tuple[str, ...]:
-        contexts = self.plan.spec.method.contexts or self.scheduler.call("generate_contexts")
+    def _covariances(self, worker: WorkerDescription) -> Covariances | None:
+        """The covariances, where an update is still to be solved for."""
+        if self.earlier is not None:
+            require_same_model(self.earlier, worker)
+            if set(self.plan.layers) <= stored_updates(self.earlier).keys():
+                return None
+        found = ensure_covariances(self.plan.spec, self.scheduler, worker, self.progress)
+        if self.earlier is not None:
+            require_same_covariances(self.earlier, found)
+        return found
+
+    def _begin(self, worker: WorkerDescription, covariances: Covariances | None) -> RunStore:
+        """Begin the run or take it up again, with its contexts."""
+        if self.earlier is not None:
+            contexts = earlier_spec(self.earlier).method.contexts
+            assert contexts is not None
+            self.store = self.earlier
+            go_on(self.store, worker, self.engine.num_workers)
+        else:
+            assert covariances is not None
+            contexts = self.plan.spec.method.contexts or self.scheduler.call("generate_contexts")
+            self.store = begin_run(
+                self.plan, worker, contexts, covariances, self.engine.num_workers
+            )
         self.scheduler.set_contexts(contexts)
-        return contexts
+        return self.store
 
     def _values(self, store: RunStore) -> None:
-        """Search all values; a finished shard's part is the point to resume from."""
-        shards = self.plan.shards
-        with self.progress.phase("values", self.plan.num_requests) as ticker:
+        """Search the values that the run does not hold yet; a shard is a part."""
+        left = shards_left(store, "values", ROUND, self.plan.shards)
+        total = self.plan.num_requests
+        with self.progress.phase("values", total, total - num_items(left)) as ticker:
             outcomes = self.scheduler.run(
-                "values", shards, lambda _, items: (items,), version=0, round=ROUND
+                "values", left, lambda _, items: (items,), version=0, round=ROUND
             )
             for outcome in outcomes:
-                rows = _rows("values", outcome)
-                for request, reason in outcome.failures:
-                    self.failures[request.case_id] = reason
-                finite = self._drop_infinite(rows)
+                rows, failed = finite_values(outcome)
                 store.write_part(
-                    "values", finite, round=ROUND, shard=outcome.shard.index, weight_version=0
+                    "values",
+                    rows,
+                    round=ROUND,
+                    shard=outcome.shard.index,
+                    weight_version=0,
+                    failed=failed,
                 )
                 ticker.advance(len(outcome.shard.items))
+        self.failures |= store.failed("values", ROUND)
 
     def _live_shards(self, store: RunStore) -> list[Shard]:
         """The shards without the requests that have failed."""
@@ -184,38 +271,35 @@ class _Batch:
         return live
 
     def _evaluate(self, store: RunStore, name: str, round: int) -> None:
+        """Score the probes that the run holds no scores of yet."""
         shards = probe_shards(self.plan.shards, self.plan.spec.evaluation.probes)
+        left = shards_left(store, "metrics", round, shards)
         version = self.scheduler.version
-        with self.progress.phase(name, sum(len(shard.items) for shard in shards)) as ticker:
+        total = num_items(shards)
+        with self.progress.phase(name, total, total - num_items(left)) as ticker:
             outcomes = self.scheduler.run(
                 "evaluate",
-                shards,
+                left,
                 lambda _, items: (items,),
                 version=version,
                 round=round,
                 edit_round=ROUND,
             )
             for outcome in outcomes:
-                for probe, reason in outcome.failures:
-                    self.failures[probe.case_id] = f"{probe.kind} probe {probe.index}: {reason}"
                 store.write_part(
                     "metrics",
-                    _rows("metrics", outcome),
+                    rows_of("metrics", outcome),
                     round=round,
                     shard=outcome.shard.index,
                     weight_version=version,
+                    failed=failed_probes(outcome),
                 )
                 ticker.advance(len(outcome.shard.items))
-
-    def _drop_infinite(self, rows: pa.Table) -> pa.Table:
-        """Keep the searches that ended in finite numbers; the others' requests have failed."""
-        is_finite = pc.is_finite(rows["loss"])
-        for case_id in rows.filter(pc.invert(is_finite))["case_id"].to_pylist():
-            self.failures[case_id] = "the value search ran into an infinity or NaN"
-        return rows.filter(is_finite)
+        self.failures |= store.failed("metrics", round)
 
 
-def _rows(kind: str, outcome: Outcome) -> pa.Table:
-    return pa.concat_tables(
-        [SCHEMAS[kind].empty_table(), *(piece.result for piece in outcome.done)]
+def _scheduler(engine: Engine, spec: JobSpec) -> Scheduler:
+    cluster = spec.cluster
+    return Scheduler(
+        engine, cluster.max_retries, cluster.stall_seconds, cluster.call_timeout_seconds
     )

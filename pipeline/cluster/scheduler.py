@@ -6,13 +6,13 @@ See docs/design.md, "Weights and versions".
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
+from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Update
 from pipeline.errors import EditfleetError, JobFailedError, WeightVersionMismatchError
 
@@ -72,13 +72,20 @@ class Scheduler:
     Args:
         engine: where the workers live.
         max_retries: times that a shard is tried again after an infrastructure error.
-        stall_seconds: say what is still out when nothing finished for this long.
+        stall_seconds: say what has been out for longer than this.
+        call_timeout_seconds: take a worker for lost that has not answered for this long.
     """
 
-    def __init__(self, engine: Engine, max_retries: int, stall_seconds: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_retries: int,
+        stall_seconds: float,
+        call_timeout_seconds: float | None = None,
+    ) -> None:
         self.engine = engine
         self.max_retries = max_retries
-        self.stall_seconds = stall_seconds
+        self._waiter = Waiter(engine, stall_seconds, call_timeout_seconds)
         self.version = 0
         self._updates: list[tuple[int, Any]] = []
         self._contexts: tuple[str, ...] = ()
@@ -118,7 +125,8 @@ class Scheduler:
                 idle.discard(worker)
                 given = arguments(piece.shard, piece.items)
                 under_way[self.engine.submit(worker, method, *given, **settings)] = piece
-            for call in self._wait(method, under_way):
+            shards_out = {call: f"shard {p.shard.index}" for call, p in under_way.items()}
+            for call in self._waiter.wait(method, shards_out):
                 piece = under_way.pop(call)
                 outcome = outcomes[piece.shard.index]
                 self._settle(call, piece, waiting, outcome, split)
@@ -156,7 +164,7 @@ class Scheduler:
         ]
         for call in calls:
             try:
-                self.engine.result(call)
+                self._waiter.result(call, "apply")
             except WorkerLostError as error:
                 self._replace(call.worker, error)
 
@@ -176,27 +184,12 @@ class Scheduler:
         self._home[method, piece.shard.index] = worker
         return worker, piece
 
-    def _wait(self, method: str, under_way: dict[Call, _Piece]) -> list[Call]:
-        since = time.monotonic()
-        while True:
-            done = self.engine.wait(list(under_way), self.stall_seconds)
-            if done:
-                return done
-            log.warning(
-                "%s: nothing finished for %.0f s; still out: %s",
-                method,
-                time.monotonic() - since,
-                ", ".join(
-                    f"shard {p.shard.index} on worker {c.worker}" for c, p in under_way.items()
-                ),
-            )
-
     def _settle(
         self, call: Call, piece: _Piece, waiting: deque[_Piece], outcome: Outcome, split: bool
     ) -> None:
         """Book a finished call."""
         try:
-            result = self.engine.result(call)
+            result = self._waiter.fetch(call)
         except WorkerLostError as error:
             self._replace(call.worker, error)
             if piece.retries >= self.max_retries:
@@ -233,11 +226,11 @@ class Scheduler:
     def _insist(self, call: Call, method: str, args: Any, kwargs: Any) -> Any:
         for _ in range(self.max_retries):
             try:
-                return self.engine.result(call)
+                return self._waiter.result(call, method)
             except WorkerLostError as error:
                 self._replace(call.worker, error)
                 call = self.engine.submit(call.worker, method, *args, **kwargs)
-        return self.engine.result(call)
+        return self._waiter.result(call, method)
 
     def _replace(self, worker: int, error: WorkerLostError) -> None:
         """Start a lost worker anew and bring it to the version of the others."""
@@ -253,11 +246,11 @@ class Scheduler:
     def _restart(self, worker: int) -> None:
         self.engine.restart(worker)
         if self._contexts:
-            self.engine.result(self.engine.submit(worker, "set_contexts", self._contexts))
+            call = self.engine.submit(worker, "set_contexts", self._contexts)
+            self._waiter.result(call, "set_contexts")
         for version, (layer, reference) in enumerate(self._updates):
-            self.engine.result(
-                self.engine.submit(worker, "apply", layer, reference, version=version)
-            )
+            call = self.engine.submit(worker, "apply", layer, reference, version=version)
+            self._waiter.result(call, "apply")
 
 
 def _reason(error: Exception) -> str:

@@ -37,8 +37,9 @@ def update_name(round: int, layer: int) -> str:
 class Part(BaseModel):
     """One line of `manifest.jsonl`: a file that belongs to the run, as it was written.
 
-    A Parquet part has `rows`, `shard` and `weight_version` (how many updates the model held);
-    an update has `layer`. A line with `withdrawn` unlists the name again.
+    A Parquet part has `rows`, `shard` and `weight_version` (how many updates the model held), and
+    `failed`: the requests of its shard that have no row because they failed, case_id -> reason.
+    An update has `layer`. A line with `withdrawn` unlists the name again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -52,13 +53,14 @@ class Part(BaseModel):
     bytes: _Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     weight_version: _Count | None = None
+    failed: dict[str, str] = {}
     withdrawn: bool = False
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         table_fields = (self.shard, self.rows, self.weight_version)
         if self.kind == "update":
-            if self.layer is None or table_fields != (None, None, None):
+            if self.layer is None or table_fields != (None, None, None) or self.failed:
                 raise ValueError("an update has a layer and no shard, rows or weight_version")
             expected = update_name(self.round, self.layer)
         else:

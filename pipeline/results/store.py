@@ -24,13 +24,11 @@ from pipeline.results.listing import (
     table_part_name,
     update_name,
 )
+from pipeline.results.place import LISTING, MANIFEST, require_fresh
 from pipeline.results.schemas import SCHEMA_VERSION, SCHEMAS, conform
 
 if TYPE_CHECKING:
     import torch
-
-MANIFEST = "manifest.json"
-LISTING = "manifest.jsonl"
 
 
 class RunStore:
@@ -124,10 +122,12 @@ class RunStore:
         round: int,
         shard: int,
         weight_version: int,
+        failed: Mapping[str, str] | None = None,
     ) -> str:
         """Write the rows of one shard and list them; return the part's name.
 
-        Writing a part again replaces it. After a crash the part is there whole or not listed.
+        Writing a part again replaces it. After a crash the part is there whole or not listed, and
+        so are the requests of the shard that `failed`, case_id -> reason.
 
         Raises:
             TypeError: the rows do not fit the schema, or belong to another round.
@@ -146,6 +146,7 @@ class RunStore:
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             weight_version=weight_version,
+            failed=dict(failed or {}),
         )
         return self._commit(part, data)
 
@@ -179,16 +180,19 @@ class RunStore:
         return self._commit(part, data)
 
     def _commit(self, part: Part, data: bytes) -> str:
-        listing = self.path / LISTING
         listed = self._parts.get(part.name)
         if listed is not None:
             # Else a crash right after the rename would leave the new file under the old hash.
-            append_line(listing, listed.model_copy(update={"withdrawn": True}))
-            del self._parts[part.name]
+            self.withdraw(listed)
         write_atomically(self.path / part.name, data)
-        append_line(listing, part)
+        append_line(self.path / LISTING, part)
         self._parts[part.name] = part
         return part.name
+
+    def withdraw(self, part: Part) -> None:
+        """Unlist a part, to be written again; its file stays until then and counts for nothing."""
+        append_line(self.path / LISTING, part.model_copy(update={"withdrawn": True, "failed": {}}))
+        del self._parts[part.name]
 
     def parts(self, kind: Kind | None = None, round: int | None = None) -> list[Part]:
         """Return the listed parts, ordered by kind, round, then shard or layer."""
@@ -197,6 +201,14 @@ class RunStore:
             for part in self._parts.values()
             if kind in (None, part.kind) and round in (None, part.round)
         )
+
+    def failed(self, kind: TableKind, round: int) -> dict[str, str]:
+        """Return case_id -> reason of the requests that failed in listed parts, in their order."""
+        return {
+            case_id: reason
+            for part in self.parts(kind, round)
+            for case_id, reason in part.failed.items()
+        }
 
     def has_part(self, kind: TableKind, round: int, shard: int) -> bool:
         """Whether the shard's part is listed."""
@@ -223,43 +235,28 @@ class RunStore:
         for part in self.parts():
             self._check(part)
 
+    def damaged(self) -> list[tuple[Part, ResultsDamagedError]]:
+        """Check as `verify` does, and return every part that differs, with what is wrong."""
+        found = []
+        for part in self.parts():
+            try:
+                self._check(part)
+            except ResultsDamagedError as error:
+                found.append((part, error))
+        return found
+
     def _check(self, part: Part) -> None:
         path = self.path / part.name
         if not path.is_file():
-            raise _damaged(path, part, "is missing")
+            raise _damaged(path, "is missing")
         if (size := path.stat().st_size) != part.bytes:
-            raise _damaged(path, part, f"has {size} bytes, expected {part.bytes}")
+            raise _damaged(path, f"has {size} bytes, expected {part.bytes}")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != part.sha256:
-            raise _damaged(path, part, f"has SHA-256 {digest}, expected {part.sha256}")
+            raise _damaged(path, f"has SHA-256 {digest}, expected {part.sha256}")
         if part.rows is not None and (rows := pq.read_metadata(path).num_rows) != part.rows:
-            raise _damaged(path, part, f"has {rows} rows, its line in {LISTING} says {part.rows}")
-
-
-def require_fresh(path: Path) -> None:
-    """Check that a run can begin in a directory, which may be absent.
-
-    Raises:
-        InputError: it holds something already, or is no directory.
-    """
-    if not path.exists():
-        return
-    wrong = None if path.is_dir() else "is a file"
-    if wrong is None and not _is_fresh(path):
-        wrong = "is not empty"
-    if wrong:
-        raise InputError(
-            f"{path} {wrong}; choose another output.path, or move or delete what is there"
-        )
-
-
-def _is_fresh(path: Path) -> bool:
-    """Whether the directory is empty but for what an interrupted `create` leaves."""
-    entries = {entry.name: entry for entry in path.iterdir()}
-    entries.pop(f".{MANIFEST}.tmp", None)
-    listing = entries.pop(LISTING, None)
-    return not entries and (listing is None or listing.stat().st_size == 0)
+            raise _damaged(path, f"has {rows} rows, its line in {LISTING} says {part.rows}")
 
 
 def _to_parquet(table: pa.Table) -> bytes:
@@ -306,9 +303,6 @@ def _read_json(path: Path) -> Any:
         ) from error
 
 
-def _damaged(path: Path, part: Part, what: str) -> ResultsDamagedError:
-    if part.kind == "update":
-        remedy = "run the job again in a new directory"
-    else:
-        remedy = f"delete its lines from {LISTING} and resume the job, which writes it again"
-    return ResultsDamagedError(f"{path} {what}; restore it from a copy or {remedy}")
+def _damaged(path: Path, what: str) -> ResultsDamagedError:
+    remedy = "restore it from a copy, or resume the job, which computes it again"
+    return ResultsDamagedError(f"{path} {what}; {remedy}")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -18,6 +19,7 @@ from pipeline.cluster.engine import Call, WorkerLostError
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.ray_engine import RayEngine
 from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Update
 from pipeline.errors import InputError, JobFailedError, WeightVersionMismatchError
 from pipeline.results import Run, read
@@ -110,7 +112,7 @@ def test_any_number_of_workers_gives_the_bits_of_one_process(
     assert len(run.manifest["peak_worker_memory_bytes"]) == workers
     assert ray.is_initialized(), "a cluster that was there before stays"
     # A thousandth of a second is soon over: what is still out is named.
-    assert "values: nothing finished for" in caplog.text and "shard 0 on worker 0" in caplog.text
+    assert re.search(r"values: no answer yet from .*shard \d+ on worker 0 for \d+ s", caplog.text)
 
 
 def test_relative_paths_are_the_driver_s(
@@ -172,7 +174,8 @@ def test_a_worker_that_always_dies_ends_the_job(
         run_batch_edit(spec)
     assert sabotage.made[0].killed["values"] == 2
     run = read(tmp_path / "run")
-    assert run.manifest["status"] == "running" and not run.updates()
+    assert run.manifest["status"] == "failed" and not run.updates()
+    assert "shard 1 was lost" in run.manifest["stopped"]["reason"]
     assert len(run.files("values")) == 1 and run.values().num_rows == 10
     expected = {row["case_id"]: row["z"] for row in _in_process(tiny).values().to_pylist()}
     assert all(expected[row["case_id"]] == row["z"] for row in run.values().to_pylist())
@@ -230,6 +233,20 @@ def test_a_killed_worker_comes_back_at_the_version_of_the_others(
             engine.result(engine.submit(0, "describe"))
     assert scheduler.call("apply", 1, update, version=1) == 2  # it has been applied already
     assert scheduler.call("describe").process != before
+
+
+def test_a_worker_that_gives_no_answer_is_replaced(
+    engine: RayEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that is stopped, not dead: Ray alone would wait for it for ever."""
+    before = engine.result(engine.submit(0, "describe")).process
+    os.kill(before, signal.SIGSTOP)
+    call = engine.submit(0, "describe")
+    with pytest.raises(WorkerLostError, match="no answer for 2 s, longer than cluster"):
+        Waiter(engine, 0.5, 1.5).result(call, "describe")
+    assert re.search(r"no answer yet from describe on worker 0 for 1 s", caplog.text)
+    engine.restart(0)
+    assert engine.result(engine.submit(0, "describe")).process != before
 
 
 def test_a_worker_that_cannot_start_is_the_input_s_fault(tiny: TinyJobs, tmp_path: Path) -> None:

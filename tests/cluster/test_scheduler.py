@@ -1,5 +1,8 @@
 """The scheduler over a real worker in this process: versions, losses at every call, blame."""
 
+import re
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,51 @@ def test_a_worker_that_never_comes_back_ends_the_job(spec: JobSpec, shards: list
     engine.lost = set(range(1000))
     with pytest.raises(JobFailedError, match="worker 0 does not come back"):
         list(scheduler.run("values", shards, lambda _, items: (items,), version=0, round=0))
+
+
+class DeafEngine(InProcessEngine):
+    """Gives no answer to some calls, counted from 0, until the worker is replaced."""
+
+    def __init__(self, spec: JobSpec, deaf: set[int]) -> None:
+        super().__init__(spec)
+        self.deaf, self.calls, self.restarts = deaf, 0, 0
+        self.ignored: set[Call] = set()
+
+    def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
+        call = super().submit(worker, method, *args, **kwargs)
+        if self.calls in self.deaf:
+            self.ignored.add(call)
+        self.calls += 1
+        return call
+
+    def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
+        if heard := [call for call in calls if call not in self.ignored]:
+            return heard[:1]
+        time.sleep(timeout)
+        return []
+
+    def restart(self, worker: int) -> None:
+        self.restarts += 1
+        super().restart(worker)
+
+
+def test_a_worker_without_an_answer_is_reported_and_then_replaced(
+    spec: JobSpec, probes: list[Shard], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = DeafEngine(spec, set())
+    scheduler = Scheduler(engine, RETRIES, stall_seconds=0.05, call_timeout_seconds=0.5)
+    scheduler.set_contexts(tuple(CONTEXTS))
+    # The update, and again while the new worker is brought to its version.
+    engine.deaf = {engine.calls, engine.calls + 2}
+    scheduler.apply(0, _update(0.1))
+    assert engine.restarts == 2
+    engine.deaf = {engine.calls + 1}
+    settings: dict[str, Any] = {"version": 1, "round": 0, "edit_round": 0}
+    outcomes = list(scheduler.run("evaluate", probes, lambda _, items: (items,), **settings))
+    assert [len(outcome.survivors) for outcome in outcomes] == [5, 5, 5, 3]
+    assert engine.restarts == 3
+    assert "evaluate: no answer yet from shard 1 on worker 0 for 0 s" in caplog.text
+    assert re.search(r"lost \(no answer for \d s, longer than cluster\.call_timeout", caplog.text)
 
 
 # --- blame --------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""From the outcome of a shard to the rows of its part, and to the requests that have none."""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.cluster.scheduler import Outcome, Shard
+from pipeline.results.listing import TableKind
+from pipeline.results.schemas import SCHEMAS
+from pipeline.results.store import RunStore
+
+
+def shards_left(store: RunStore, kind: TableKind, round: int, shards: list[Shard]) -> list[Shard]:
+    """The shards whose part the run does not hold."""
+    return [shard for shard in shards if not store.has_part(kind, round, shard.index)]
+
+
+def num_items(shards: list[Shard]) -> int:
+    """Items of all shards together."""
+    return sum(len(shard.items) for shard in shards)
+
+
+def rows_of(kind: TableKind, outcome: Outcome) -> pa.Table:
+    """The rows of the pieces that worked, in the shard's order."""
+    return pa.concat_tables(
+        [SCHEMAS[kind].empty_table(), *(piece.result for piece in outcome.done)]
+    )
+
+
+def finite_values(outcome: Outcome) -> tuple[pa.Table, dict[str, str]]:
+    """The values that are finite, and case_id -> reason of the requests that have none."""
+    failed = {request.case_id: reason for request, reason in outcome.failures}
+    rows = rows_of("values", outcome)
+    is_finite = pc.is_finite(rows["loss"])
+    infinite = rows.filter(pc.invert(is_finite))["case_id"].to_pylist()
+    reason = "the value search ran into an infinity or NaN"
+    return rows.filter(is_finite), failed | dict.fromkeys(infinite, reason)
+
+
+def failed_probes(outcome: Outcome) -> dict[str, str]:
+    """case_id -> why its last failing probe failed, whatever order they failed in."""
+    failures = sorted(outcome.failures, key=lambda failure: (failure[0].kind, failure[0].index))
+    return {probe.case_id: f"{probe.kind} probe {probe.index}: {why}" for probe, why in failures}

@@ -1,0 +1,178 @@
+"""Going on with a run: what must be as it was, what is kept, and what is computed again."""
+
+import logging
+from pathlib import Path
+
+from pipeline.cluster.covariance import Covariances
+from pipeline.cluster.insertion import stored_updates
+from pipeline.cluster.outcomes import shards_left
+from pipeline.cluster.plan import BASELINE_ROUND, ROUND, Plan, probe_shards
+from pipeline.cluster.record import package_versions, plan_entries
+from pipeline.cluster.worker import WorkerDescription
+from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
+from pipeline.results.listing import in_order
+from pipeline.results.manifest import Begun, Cut, Requests, read_begun
+from pipeline.results.place import MANIFEST, is_run
+from pipeline.results.store import RunStore
+from pipeline.spec import JobSpec, parse_spec
+
+log = logging.getLogger(__name__)
+
+_ANEW = "or begin anew in another directory with --restart (restart=True)"
+_REMEDY = f"restore the file from a copy, {_ANEW}"
+
+
+def open_earlier(path: Path) -> RunStore | None:
+    """Open the run that has begun in a directory; None if none has.
+
+    Raises:
+        ResultsDamagedError: a manifest is damaged.
+    """
+    return RunStore.open(path) if is_run(path) else None
+
+
+def require_same_job(store: RunStore, plan: Plan) -> None:
+    """Check that a plan is the one that a run was begun with.
+
+    Raises:
+        InputError: settings that decide the result, or the requests, are others; each is named.
+        ResultsDamagedError: the manifest was changed.
+    """
+    begun, earlier = read_begun(store), earlier_spec(store)
+    method = plan.spec.method
+    if method.contexts is None and begun.contexts_source == "generated":
+        method = method.model_copy(update={"contexts": earlier.method.contexts})
+    now = plan.spec.model_copy(update={"method": method})
+    if differences := now.differences(earlier):
+        raise InputError(
+            f"{store.path} holds a run with other settings: {'; '.join(differences)}. Set them as"
+            f" they were to resume it, {_ANEW}"
+        )
+    entries, before = plan_entries(plan), begun.requests
+    if before != Requests(**entries["requests"]):
+        what = "their content is another"
+        if before.count != len(plan.rows):
+            what = f"{before.count} were read then and {len(plan.rows)} now"
+        raise InputError(
+            f"{store.path}: the requests ({plan.spec.requests.path}) have changed since the run"
+            f" began: {what}. Restore them to resume the run, {_ANEW}"
+        )
+    if begun.plan != Cut(**entries["plan"]):
+        raise InputError(
+            f"{store.path}: another version of editfleet cut the requests into other shards; resume"
+            f" the run with that one, {_ANEW}"
+        )
+    _warn_of_other_versions(store, begun)
+
+
+def earlier_spec(store: RunStore) -> JobSpec:
+    """The spec of a run, with the contexts that it drew.
+
+    Raises:
+        ResultsDamagedError: it does not have the hash that the manifest records.
+    """
+    begun, where = read_begun(store), f"{store.path / MANIFEST}: spec"
+    try:
+        spec = parse_spec(begun.spec, where)
+    except InputError as error:
+        raise ResultsDamagedError(f"{error}; {_REMEDY}") from error
+    if spec.digest() != begun.spec_sha256:
+        raise ResultsDamagedError(
+            f"{where} has SHA-256 {spec.digest()[:12]}, expected {begun.spec_sha256[:12]}: it was"
+            f" changed, or written by another version of editfleet; {_REMEDY}"
+        )
+    return spec
+
+
+def require_same_model(store: RunStore, worker: WorkerDescription) -> None:
+    """Check that the workers hold the model that a run was begun with.
+
+    Raises:
+        FingerprintMismatchError: weights or type are others.
+    """
+    begun = read_begun(store)
+    for name in ("fingerprint", "dtype"):
+        before, found = getattr(begun.model, name), getattr(worker, name)
+        if before != found:
+            raise FingerprintMismatchError(
+                f"{store.path}: the run was begun with a model of {name} {before[:12]}, the one at"
+                f" {begun.model.path} has {found[:12]}; restore it to resume the run, {_ANEW}"
+            )
+    if begun.workers.device.partition(":")[0] != worker.device.partition(":")[0]:
+        log.warning(
+            "%s was begun on %s and goes on on %s: its last bits will not be those of one run",
+            store.path,
+            begun.workers.device,
+            worker.device,
+        )
+
+
+def require_same_covariances(store: RunStore, covariances: Covariances) -> None:
+    """Check that the covariances are those that a run was begun with.
+
+    Raises:
+        FingerprintMismatchError: one is not; it is named.
+    """
+    before = read_begun(store).covariance.sha256
+    found = covariances.digests()
+    if other := [layer for layer, now in found.items() if before.get(layer) != now]:
+        raise FingerprintMismatchError(
+            f"{store.path}: the covariances of layers {', '.join(other)} in"
+            f" {covariances.directory} are not those that the run was begun with; restore them to"
+            f" resume the run, {_ANEW}"
+        )
+
+
+def drop_unsound(store: RunStore, layers: tuple[int, ...], num_shards: int) -> int:
+    """Unlist the parts that are damaged, and those that came from such a part; return how many.
+
+    All values go into every update, an update into those after it, and all of them into the scores
+    of the edited model: without the one, the other is computed again.
+    """
+    damaged = store.damaged()
+    for _, error in damaged:
+        log.warning("%s", error)
+    lost = [part for part, _ in damaged]
+    sound = [part for part in store.parts() if part not in lost]
+    stands = {p.shard for p in sound if p.kind == "values"} >= set(range(num_shards))
+    updates = {part.layer: part for part in sound if part.kind == "update"}
+    for layer in layers:
+        stands = stands and layer in updates
+        if not stands and layer in updates:
+            lost.append(updates[layer])
+    if not stands:
+        lost += [part for part in sound if part.kind == "metrics" and part.round >= 0]
+    if len(lost) > len(damaged):
+        names = ", ".join(part.name for part in lost[len(damaged) :])
+        log.warning("%s: computed again, since it came from what is lost: %s", store.path, names)
+    # What was computed from others goes first: a crash in between leaves the reason for the rest.
+    for part in reversed(in_order(lost)):
+        store.withdraw(part)
+    return len(lost)
+
+
+def is_complete(store: RunStore, plan: Plan) -> bool:
+    """Whether nothing is left to do of what the plan asks for."""
+    evaluation, output = plan.spec.evaluation, plan.spec.output
+    probes = probe_shards(plan.shards, evaluation.probes)
+    rounds = (BASELINE_ROUND, ROUND) if evaluation.baseline else (ROUND,)
+    left = shards_left(store, "values", ROUND, plan.shards)
+    left += [shard for round in rounds for shard in shards_left(store, "metrics", round, probes)]
+    return (
+        read_begun(store).status == "finished"
+        and not left
+        and set(plan.layers) <= stored_updates(store).keys()
+        and store.has_part("edits", ROUND, 0)
+        and (store.path / "summary.json").is_file()
+        and (not output.save_model or (store.path / "model").is_dir())
+    )
+
+
+def _warn_of_other_versions(store: RunStore, begun: Begun) -> None:
+    before, now = begun.versions, package_versions()
+    if others := [name for name in now if before.get(name) != now[name]]:
+        log.warning(
+            "%s was begun with other versions: %s; its last bits may not be those of one run",
+            store.path,
+            ", ".join(f"{name} {before.get(name)} (now {now[name]})" for name in others),
+        )

@@ -1,0 +1,189 @@
+"""How far a run is: what is done, what is left, what failed, and whether a driver works on it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.report.summary import problem_lines
+from pipeline.results.listing import TableKind
+from pipeline.results.lock import Owner, is_held, read_owner
+from pipeline.results.manifest import Begun, read_begun
+from pipeline.results.place import is_run
+from pipeline.results.store import RunStore
+from pipeline.spec import JobSpec, parse_spec
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run.
+
+    Attributes:
+        name: baseline, values, insertion, evaluation, edits or model.
+        done: finished units, which a resumed run does not do again.
+        total: all units.
+        unit: what is counted: shards, layers or files.
+        rows: rows that the finished units hold, None where there are none to count.
+        failed: case_id -> why the request failed in this phase.
+    """
+
+    name: str
+    done: int
+    total: int
+    unit: str
+    rows: int | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        """Units that are still to be done."""
+        return self.total - self.done
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as it is now.
+
+    Attributes:
+        path: the run directory.
+        begun: what its manifest says; None if nothing was written yet.
+        is_held: whether a driver holds it; None where that cannot be told.
+        owner: that driver, or the last one if it was killed.
+        phases: in their order; those that the spec leaves out are not there.
+        checked: how many files were compared with their checksums; None if none was.
+        damaged: what is wrong with files that differ, a line each.
+    """
+
+    path: Path
+    begun: Begun | None
+    is_held: bool | None
+    owner: Owner | None
+    phases: tuple[Phase, ...] = ()
+    checked: int | None = None
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> str:
+        """finished, running, or how the job ended before it was finished."""
+        if self.begun is None:
+            return "starting"
+        if self.begun.status == "finished" or self.is_held:
+            return "running" if self.is_held else "finished"
+        if self.begun.status != "running":
+            return self.begun.status
+        return "killed" if self.is_held is False else "running, or killed"
+
+
+def run_status(path: Path, *, verify: bool = False) -> RunStatus:
+    """Find out how far a run is; it may be under way, interrupted or finished.
+
+    Args:
+        path: the run directory.
+        verify: also compare every listed file with its checksum.
+
+    Raises:
+        InputError: it is not a run directory.
+        ResultsDamagedError: a manifest is damaged.
+    """
+    held, owner = is_held(path), read_owner(path)
+    if not is_run(path) and held:
+        return RunStatus(path, None, held, owner)
+    store = RunStore.open(path)
+    begun = read_begun(store)
+    spec = parse_spec(begun.spec, f"{path}: spec")
+    damaged = tuple(str(error) for _, error in store.damaged()) if verify else ()
+    checked = len(store.parts()) if verify else None
+    return RunStatus(path, begun, held, owner, _phases(store, begun, spec), checked, damaged)
+
+
+def print_status(status: RunStatus, console: Console) -> None:
+    """Show the status: a line a phase, then what failed and what to do."""
+    for part in _parts(status):
+        if isinstance(part, str):
+            # Paths and reasons stay in one piece, to be copied.
+            console.print(part, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(part)
+
+
+def _parts(status: RunStatus) -> Iterator[str | Table]:
+    yield _headline(status)
+    if status.begun is None:
+        return
+    requests = status.begun.requests
+    yield f"requests: {requests.count} read, {requests.accepted} to edit"
+    yield _table(status)
+    yield from _failures(status)
+    if status.checked is not None:
+        yield f"checksums: {status.checked - len(status.damaged)} files are sound"
+    yield from (f"damaged: {line}" for line in status.damaged)
+    if status.state not in ("finished", "running"):
+        yield "`editfleet edit` with the same spec goes on with this run"
+
+
+def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
+    def of_parts(name: str, kind: TableKind, round: int, total: int) -> Phase:
+        parts = store.parts(kind, round)
+        rows = sum(part.rows or 0 for part in parts)
+        return Phase(name, len(parts), total, "shards", rows, store.failed(kind, round))
+
+    assert spec.method.layers is not None
+    updates, probe_shards = len(store.parts("update")), begun.plan.probe_shards
+    found = [
+        of_parts("values", "values", 0, begun.plan.shards),
+        Phase("insertion", updates, len(spec.method.layers), "layers"),
+    ]
+    if spec.evaluation.probes:
+        if spec.evaluation.baseline:
+            found.insert(0, of_parts("baseline", "metrics", -1, probe_shards))
+        found.append(of_parts("evaluation", "metrics", 0, probe_shards))
+    found.append(of_parts("edits", "edits", 0, 1))
+    if spec.output.save_model:
+        found.append(Phase("model", int((store.path / "model").is_dir()), 1, "models"))
+    return tuple(found)
+
+
+def _headline(status: RunStatus) -> str:
+    line = f"{status.path}: {status.state}"
+    if status.is_held:
+        line += f"; held by {status.owner or 'a driver'}"
+    elif status.state.startswith(("killed", "running")) and status.owner is not None:
+        line += f"; last held by {status.owner}"
+    elif status.begun is not None and status.begun.stopped is not None:
+        line += f" at {status.begun.stopped.at}: {status.begun.stopped.reason}"
+    return line
+
+
+def _table(status: RunStatus) -> Table:
+    table = Table()
+    table.add_column("phase")
+    for column in ("done", "left", "rows", "failed"):
+        table.add_column(column, justify="right")
+    table.add_column("state")
+    is_next = True
+    for phase in status.phases:
+        state = "done"
+        if phase.left > 0:
+            going = "under way" if status.is_held else "next" if phase.done == 0 else "unfinished"
+            state, is_next = going if is_next else "", False
+        table.add_row(
+            phase.name,
+            f"{phase.done} of {phase.total} {phase.unit}",
+            str(phase.left),
+            "" if phase.rows is None else str(phase.rows),
+            str(len(phase.failed)),
+            state,
+        )
+    return table
+
+
+def _failures(status: RunStatus) -> list[str]:
+    failed = {
+        case_id: f"{phase.name}: {reason}"
+        for phase in status.phases
+        for case_id, reason in phase.failed.items()
+    }
+    rows = [{"status": "failed", "case_id": c, "reason": why} for c, why in failed.items()]
+    return problem_lines(rows)

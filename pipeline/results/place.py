@@ -1,0 +1,52 @@
+"""The names in a run directory, and where a run may begin."""
+
+from pathlib import Path
+
+from pipeline.errors import InputError
+
+MANIFEST = "manifest.json"
+LISTING = "manifest.jsonl"
+LOCK = ".lock"
+OWNER = ".driver.json"
+
+_LEFT_BY_A_START = {f".{MANIFEST}.tmp", f".{OWNER}.tmp", LOCK, OWNER}
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run has begun in a directory."""
+    return (path / MANIFEST).is_file()
+
+
+def require_fresh(path: Path) -> None:
+    """Check that a run can begin in a directory, which may be absent.
+
+    Raises:
+        InputError: it holds something already, or is no directory.
+    """
+    if not path.exists():
+        return
+    wrong = None if path.is_dir() else "is a file"
+    if wrong is None and not _is_fresh(path):
+        wrong = "is not empty"
+    if wrong:
+        raise InputError(
+            f"{path} {wrong}; choose another output.path, or move or delete what is there"
+        )
+
+
+def next_free(path: Path) -> Path:
+    """The first of PATH, PATH-2, PATH-3, ... that is not there yet."""
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _is_fresh(path: Path) -> bool:
+    """Whether the directory is empty but for what an interrupted start leaves."""
+    entries = {entry.name: entry for entry in path.iterdir()}
+    for name in _LEFT_BY_A_START:
+        entries.pop(name, None)
+    listing = entries.pop(LISTING, None)
+    return not entries and (listing is None or listing.stat().st_size == 0)
