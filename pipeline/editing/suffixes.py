@@ -9,15 +9,18 @@ Shapes: B edits, R rows of all edits, S and P suffix and prefix tokens an edit, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.editing.batching import make_batch
+from pipeline.editing.batching import TokenBatch, make_batch, token_batches
 from pipeline.models.caches import RecordingCache
 from pipeline.models.editable import EditableModel
 from pipeline.prompts import EditPrompts
+
+_TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -109,21 +112,10 @@ class _RowPlan:
 def encode_suffixes(model: EditableModel, edits: Sequence[EditPrompts], layer: int) -> SuffixBatch:
     """Run what does not change during the search: blocks 0..L, and the prefixes above L."""
     plans = [_rows_of(edit) for edit in edits]
-    rows = [row for plan in plans for row in plan]
-    batch = make_batch(model, [row.ids for row in rows], range(len(rows)))
-    hidden = model.run(
-        None,
-        first=0,
-        stop=layer + 1,
-        masks=batch.masks,
-        position_ids=batch.positions,
-        input_ids=batch.ids,
-    )
-    recorded = _record_prefixes(model, hidden, rows, layer)
-    recorded_width = max(1, *(row.lookup for row in rows))
-    layout = _Layout(plans, batch.ids.shape[1], recorded_width, model.device)
+    states = _States(model, [row for plan in plans for row in plan], layer)
+    layout = _Layout(plans, model.device)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-    packed = hidden.flatten(0, 1)[layout.suffix_source].to(wide)
+    packed = states.hidden[layout.suffix_source].to(wide)
     target_index, target_ids, target_weight = _targets(edits, plans, model.device, wide)
     essence_index = layout.row_starts[:, -1]
     is_read = torch.zeros(packed.shape[:2], dtype=torch.bool, device=model.device)
@@ -135,8 +127,8 @@ def encode_suffixes(model: EditableModel, edits: Sequence[EditPrompts], layer: i
         positions=layout.suffix_positions,
         masks=model.masks(layout.positions, layout.segments, query_start=layout.prefix_width),
         prefix={
-            index: (_gather(keys, layout.prefix_source), _gather(values, layout.prefix_source))
-            for index, (keys, values) in recorded.items()
+            index: (_by_head(keys, layout.prefix_source), _by_head(values, layout.prefix_source))
+            for index, (keys, values) in states.prefix.items()
         },
         is_read=is_read,
         target_index=target_index,
@@ -154,58 +146,93 @@ def _rows_of(edit: EditPrompts) -> list[_RowPlan]:
     return [*rows, _RowPlan(essence.ids[: essence.lookup + 1], essence.lookup)]
 
 
-def _record_prefixes(
-    model: EditableModel, hidden: Tensor, rows: Sequence[_RowPlan], layer: int
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """Attention keys and values above L of what precedes each lookup: (R, heads, T, head size)."""
-    cache = RecordingCache()
-    # A row without a prefix records one token that nothing reads, so that no tensor is empty.
-    batch = make_batch(model, [(0,) * max(1, row.lookup) for row in rows], range(len(rows)))
-    model.final(
-        hidden[:, : batch.ids.shape[1]],
-        first=layer + 1,
-        masks=batch.masks,
-        position_ids=batch.positions,
-        cache=cache,
-    )
-    return cache.recorded
+class _States:
+    """What blocks 0..L make of all rows, and the attention keys and values of their prefixes above.
+
+    Rows of like length run together; the results lie one row's tokens behind the other's.
+
+    Attributes:
+        hidden: (T, d) output of block L, T tokens of all rows.
+        prefix: layer -> keys and values, (T, heads, head size) each; only the entries of tokens
+            before a lookup token mean something.
+    """
+
+    def __init__(self, model: EditableModel, rows: Sequence[_RowPlan], layer: int) -> None:
+        self.model, self.layer = model, layer
+        starts = [0, *accumulate(len(row.ids) for row in rows)]
+        self.starts = torch.tensor(starts[:-1], device=model.device)
+        self.num_tokens = starts[-1]
+        self.hidden = torch.empty(0)
+        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
+        widest = max(len(row.ids) for row in rows)
+        most = max(_TOKENS_AT_ONCE, widest)
+        for batch in token_batches(model, [row.ids for row in rows], most):
+            self._run(batch, [rows[i].lookup for i in batch.index.tolist()])
+
+    def _run(self, batch: TokenBatch, lookups: Sequence[int]) -> None:
+        hidden = self.model.run(
+            None,
+            first=0,
+            stop=self.layer + 1,
+            masks=batch.masks,
+            position_ids=batch.positions,
+            input_ids=batch.ids,
+        )
+        place = self.starts[batch.index.to(self.starts.device)][:, None] + batch.positions
+        if not self.hidden.numel():
+            self.hidden = hidden.new_empty(self.num_tokens, hidden.shape[-1])
+        self.hidden[place[batch.real]] = hidden[batch.real]
+        self._record(hidden, place, lookups)
+
+    def _record(self, hidden: Tensor, place: Tensor, lookups: Sequence[int]) -> None:
+        """Keep the keys and values of what precedes the lookup tokens."""
+        cache = RecordingCache()
+        # A row without a prefix records one token that nothing reads, so that no tensor is empty.
+        batch = make_batch(
+            self.model, [(0,) * max(1, lookup) for lookup in lookups], range(len(lookups))
+        )
+        self.model.final(
+            hidden[:, : batch.ids.shape[1]],
+            first=self.layer + 1,
+            masks=batch.masks,
+            position_ids=batch.positions,
+            cache=cache,
+            # Nobody reads what comes out, so one token of the last MLP is enough.
+            read=place.new_zeros(1),
+        )
+        place = place[:, : batch.ids.shape[1]][batch.real]
+        for index, recorded in cache.recorded.items():
+            if index not in self.prefix:
+                shape = (self.num_tokens, recorded[0].shape[1])
+                self.prefix[index] = tuple(r.new_zeros(*shape, r.shape[-1]) for r in recorded)  # type: ignore[assignment]
+            for kept, new in zip(self.prefix[index], recorded, strict=True):
+                kept[place] = new.transpose(1, 2)[batch.real]
 
 
-def _gather(states: Tensor, source: Tensor) -> Tensor:
-    """(R, heads, tokens, size) picked by flat (row, token) index (B, P): (B, heads, P, size)."""
-    flat = states.transpose(1, 2).flatten(0, 1)
-    return flat[source].transpose(1, 2).contiguous()
+def _by_head(states: Tensor, source: Tensor) -> Tensor:
+    """(T, heads, size) picked by token index (B, P): (B, heads, P, size)."""
+    return states[source].transpose(1, 2).contiguous()
 
 
 class _Layout:
     """Where each token of each row of each edit stands in the packed batch."""
 
-    def __init__(
-        self,
-        plans: Sequence[Sequence[_RowPlan]],
-        row_width: int,
-        recorded_width: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, plans: Sequence[Sequence[_RowPlan]], device: torch.device) -> None:
         suffix, prefix, starts = [], [], []
-        first_row = 0
+        start = 0
         for plan in plans:
             suffix_tokens: list[tuple[int, int, int]] = []
             prefix_tokens: list[tuple[int, int, int]] = []
             row_starts: list[int] = []
             for number, row in enumerate(plan):
-                source = first_row + number
                 row_starts.append(len(suffix_tokens))
-                suffix_tokens += [
-                    (source * row_width + i, i, number) for i in range(row.lookup, len(row.ids))
-                ]
-                prefix_tokens += [
-                    (source * recorded_width + i, i, number) for i in range(row.lookup)
-                ]
+                tokens = [(start + i, i, number) for i in range(len(row.ids))]
+                prefix_tokens += tokens[: row.lookup]
+                suffix_tokens += tokens[row.lookup :]
+                start += len(tokens)
             suffix.append(suffix_tokens)
             prefix.append(prefix_tokens)
             starts.append(row_starts)
-            first_row += len(plan)
         suffix_table, prefix_table = _table(suffix, device), _table(prefix, device)
         self.num_tokens = sum(len(tokens) for tokens in suffix)
         self.prefix_width = prefix_table.shape[1]
