@@ -35,8 +35,9 @@ $(INSTALLED_TEST): pyproject.toml
 quickstart: $(INSTALLED)
 	$(BIN)/editfleet quickstart
 
+# Two at a time with a thread each: most tests are tiny, and some wait for processes to start.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED_TEST)
 	$(BIN)/pytest -m slow
