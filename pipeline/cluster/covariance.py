@@ -135,17 +135,25 @@ def _compute(
         Shard(index, tuple(texts[start : start + size]))
         for index, start in enumerate(range(0, len(texts), size))
     ]
-    by_shard: dict[int, GramSums] = {}
+    early: dict[int, GramSums] = {}
+    total: GramSums | None = None
+    following = 0
     with progress.phase("covariance", len(texts)) as ticker:
         outcomes = scheduler.run(
             "covariance", shards, lambda _, items: (items, max_tokens), split=False
         )
         for outcome in outcomes:
-            by_shard[outcome.shard.index] = outcome.done[0].result
+            early[outcome.shard.index] = outcome.done.pop().result
+            # The sums of wide layers are gigabytes: only those that came too early are kept.
+            while following in early:
+                sums = early.pop(following)
+                if total is None:
+                    total = sums
+                else:
+                    total.add(sums)
+                following += 1
             ticker.advance(len(outcome.shard.items))
-    total = by_shard[0]
-    for shard in shards[1:]:
-        total.add(by_shard[shard.index])
+    assert total is not None
     return total
 
 
