@@ -1,6 +1,6 @@
 """Edit N CounterFact facts as a user would, and measure wall time per phase and peak memory.
 
-    python benchmarks/end_to_end.py --edits 1000 --model MODEL --requests COUNTERFACT.json \
+    python -m benchmarks.end_to_end --edits 1000 --model MODEL --requests COUNTERFACT.json \
         --corpus CORPUS.json --run runs/cf-1k
 
 Runs the installed command in a process of its own and samples the memory of all processes below it
@@ -13,25 +13,30 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-from machine import append_row, describe_machine
 
+from benchmarks.machine import RESULTS, print_goals, report
 from pipeline import results
 
 SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "counterfact_12m.yaml"
 SECONDS_BETWEEN_SAMPLES = 5.0
+GOAL_EDITS = 10_000
+# float32 throughout, or bfloat16 for values and evaluation.
+GOAL_MINUTES = {"float32": 35.0, "bfloat16": 15.0}
 
 
-def main() -> None:
-    """Run the benchmark from the command line."""
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark and return its row."""
+    arguments = _parse(argv)
     command = [
         sys.executable,
         *("-c", "from pipeline.cli import main; main()"),
-        *("edit", str(SPEC)),
+        *("edit", str(arguments.spec)),
         *_set("model.path", arguments.model),
         *_set("requests.path", arguments.requests),
         *_set("requests.limit", arguments.edits),
@@ -46,15 +51,16 @@ def main() -> None:
         sys.exit(f"the job left no summary; its exit code was {code}")
     run = results.read(arguments.run)
     row = _row(run, arguments.edits, seconds, peak, code)
-    for name, value in row.items():
-        print(f"{name:<28} {value:,.2f}" if isinstance(value, float) else f"{name:<28} {value}")
-    append_row("end_to_end", row)
+    report("end_to_end", row, arguments.results)
+    if arguments.edits == GOAL_EDITS:
+        minutes = GOAL_MINUTES[run.summary["model"]["dtype"]]
+        print_goals({f"minutes for {GOAL_EDITS:,} edits": (seconds / 60, "<=", minutes)})
+    return row
 
 
 def _row(run: Any, edits: int, seconds: float, peak: int, code: int) -> dict[str, Any]:
     after = run.summary["evaluation"]["rounds"][-1]
     return {
-        **describe_machine(),
         "edits": edits,
         "edit_rows": run.edits().num_rows,
         "exit_code": code,
@@ -70,9 +76,10 @@ def _run_measured(command: list[str]) -> tuple[int, int]:
     """Run a command; peak bytes of all processes below it, and its exit code."""
     process = subprocess.Popen(command, env=os.environ)
     peak = 0
-    while process.poll() is None:
+    while process.returncode is None:
         peak = max(peak, _tree_bytes(process.pid))
-        time.sleep(SECONDS_BETWEEN_SAMPLES)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_BETWEEN_SAMPLES)
     return peak, process.returncode
 
 
@@ -94,13 +101,16 @@ def _set(name: str, value: object) -> tuple[str, str]:
     return "--set", f"{name}={value}"
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", type=int, required=True)
-    for name in ("model", "requests", "corpus", "run"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name in ("model", "requests", "corpus"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--run", type=Path, required=True, help="run directory, a new one")
+    parser.add_argument("--spec", type=Path, default=SPEC)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

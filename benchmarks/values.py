@@ -1,141 +1,168 @@
-"""The value search against the plain one-edit-at-a-time procedure, in the same process.
+"""The batched value search against the plain one-edit-at-a-time procedure, in the same process.
 
-    python benchmarks/values.py --model MODEL --requests COUNTERFACT.json --edits 64 --threads 2
+    python -m benchmarks.values --model MODEL --requests COUNTERFACT.json [--public CHECKOUT]
 
-The plain procedure runs the whole model over all of an edit's padded prompts in every step, as the
-published code does, and projects every position onto the vocabulary. Prints milliseconds an edit
-for both, their ratio, and the largest relative difference of z.
+Prints time an edit, FLOP/s (benchmarks/flops.py says what is counted), the padding share and the
+largest relative difference of z; with `--public`, against the code published with MEMIT as well.
+The slow ways search a part of the edits, evenly spaced; every ratio compares milliseconds an edit
+and forward pass, since edits differ in how many passes they need.
 """
 
 import argparse
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
-from machine import append_row, describe_machine
 from torch import Tensor
 
-from pipeline.editing.batching import make_batch
-from pipeline.editing.values import FoundValue, ValueSettings, find_values
+from benchmarks.flops import ModelSize, value_flops
+from benchmarks.machine import print_goals, print_table, report
+from benchmarks.plain_values import plain_value, plain_value_flops
+from benchmarks.public_values import PublicValues
+from benchmarks.timing import alternate, matmul_rate
+from benchmarks.workload import Workload, parser, spread
+from pipeline.editing import values as values_module
+from pipeline.editing.suffixes import SuffixBatch
+from pipeline.editing.values import FoundValue, find_values
 from pipeline.methods.settings import value_settings
-from pipeline.models.editable import EditableModel, resolve_device
-from pipeline.models.loading import fuse_activations, load_model, load_tokenizer
-from pipeline.prompts import EditPrompts, tokenize_edits
-from pipeline.sources import read_requests
-from pipeline.spec import load_spec
 
-SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "counterfact_12m.yaml"
+GOAL_RATIO = {"float32": 8.0, "bfloat16": 25.0}
+GOAL_DIFFERENCE = 1e-4
+GOAL_PADDING = 0.1
+_BATCH = {"cpu": 16, "cuda": 256}
 
 
-def main() -> None:
-    """Run the benchmark from the command line."""
-    arguments = _parse()
-    torch.set_num_threads(arguments.threads)
-    paths = [f"model.path={arguments.model}", f"requests.path={arguments.requests}"]
-    spec = load_spec(SPEC, [*paths, f"model.dtype={arguments.dtype}"])
-    assert spec.method.contexts is not None and spec.method.layers is not None
-    device, _ = resolve_device()
-    tokenizer = load_tokenizer(spec.model)
-    rows = read_requests(spec.requests.path, spec.requests.format, limit=arguments.edits)
-    requests = [row.request for row in rows if row.request is not None]
-    edits = tokenize_edits(tokenizer, requests, spec.method.contexts)
-    layer, settings = spec.method.layers[-1], value_settings(spec.method)
-
-    plain_model = EditableModel(load_model(spec.model, device))
-    fast_model = load_model(spec.model, device)
-    fuse_activations(fast_model)
-    plain_edits = edits[: arguments.plain_edits]
-    find_values(EditableModel(fast_model), edits[:2], layer, settings, 2)  # warm up
-    start = time.perf_counter()
-    found = find_values(EditableModel(fast_model), edits, layer, settings, arguments.batch)
-    fast_seconds = (time.perf_counter() - start) / len(edits)
-    start = time.perf_counter()
-    expected = [plain_value(plain_model, edit, layer, settings) for edit in plain_edits]
-    plain_seconds = (time.perf_counter() - start) / len(plain_edits)
-    row = {
-        **describe_machine(),
-        "edits": len(edits),
-        "threads": arguments.threads,
-        "dtype": arguments.dtype,
-        "milliseconds_an_edit": 1e3 * fast_seconds,
-        "plain_milliseconds_an_edit": 1e3 * plain_seconds,
-        "ratio": plain_seconds / fast_seconds,
-        "largest_relative_difference": _difference(found, expected),
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark and return its row."""
+    arguments = _parse(argv)
+    work = Workload.of(arguments)
+    layer, settings = work.layers[-1], value_settings(work.spec.method)
+    chosen = spread(len(work.edits), arguments.plain_edits)
+    batch = arguments.batch or _BATCH[work.device.type]
+    plain_model = work.plain_model
+    runs: dict[str, Callable[[], Any]] = {
+        "batched": lambda: find_values(work.model, work.edits, layer, settings, batch),
+        "plain": lambda: [plain_value(plain_model, work.edits[i], layer, settings) for i in chosen],
     }
-    for name, value in row.items():
-        print(f"{name:<28} {value:.6g}" if isinstance(value, float) else f"{name:<28} {value}")
-    append_row("values", row)
+    if arguments.public is not None:
+        public = PublicValues(
+            arguments.public,
+            work.load_plain_model(),
+            work.tokenizer,
+            layer,
+            settings,
+            work.contexts,
+        )
+        runs["public"] = lambda: [public(work.requests[i]) for i in chosen]
+    timed = alternate(runs, arguments.repeats)
+    found: list[FoundValue] = timed["batched"].result
+    padding = _padding_share(lambda: find_values(work.model, work.edits, layer, settings, batch))
+
+    size = ModelSize.of(work.model)
+    steps = {"batched": [value.steps for value in found]}
+    steps["plain"] = steps["public"] = [taken for _, taken in timed["plain"].result]
+    flops = {"batched": value_flops(size, work.edits, found, layer)}
+    flops["plain"] = flops["public"] = sum(
+        plain_value_flops(size, work.edits[i], taken, layer)
+        for i, taken in zip(chosen, steps["plain"], strict=True)
+    )
+    values = {
+        "plain": [z for z, _ in timed["plain"].result],
+        "public": timed["public"].result if "public" in timed else [],
+    }
+    milliseconds = {
+        name: 1e3 * run.seconds / sum(taken + 1 for taken in steps[name])
+        for name, run in timed.items()
+    }
+    print_table(
+        f"values, {work.spec.model.dtype}: medians of {arguments.repeats} rounds",
+        ("way", "edits", "ms an edit", "passes", "ms a pass", "ratio", "GFLOP/s", "z differs"),
+        [
+            (
+                name,
+                len(steps[name]),
+                1e3 * run.seconds / len(steps[name]),
+                sum(steps[name]) / len(steps[name]) + 1,
+                milliseconds[name],
+                milliseconds[name] / milliseconds["batched"],
+                flops[name] / run.seconds / 1e9,
+                _difference([found[i] for i in chosen], values[name]) if name in values else 0.0,
+            )
+            for name, run in timed.items()
+        ],
+    )
+    row: dict[str, Any] = {
+        "dtype": work.spec.model.dtype,
+        "edits": len(found),
+        "batch": batch,
+        "edits_per_second": len(found) / timed["batched"].seconds,
+        "gigaflops_an_edit": flops["batched"] / len(found) / 1e9,
+        "gigaflops_per_second": flops["batched"] / timed["batched"].seconds / 1e9,
+        "matmul_gigaflops_per_second": matmul_rate(work.device, work.model.dtype) / 1e9,
+        "padding_share": padding,
+        "peak_megabytes": timed["batched"].peak_bytes / 1e6,
+        "target_probability": sum(value.target_probability for value in found) / len(found),
+    }
+    ways = [name for name in ("plain", "public") if name in timed]
+    for name in ways:
+        row[f"{name}_ratio"] = milliseconds[name] / milliseconds["batched"]
+        row[f"{name}_gigaflops_per_second"] = flops[name] / timed[name].seconds / 1e9
+        row[f"{name}_difference"] = _difference([found[i] for i in chosen], values[name])
+    report("values", row, arguments.results)
+    _print_goals(row, ways)
+    return row
 
 
-def plain_value(
-    model: EditableModel, edit: EditPrompts, layer: int, settings: ValueSettings
-) -> Tensor:
-    """Search one value with the whole model in every step; (d,)."""
-    rows = [(*row.ids, *edit.target[:-1]) for row in (*edit.rewrites, edit.essence)]
-    rows[-1] = edit.essence.ids
-    batch = make_batch(model, rows, range(len(rows)))
-    lookups = torch.tensor([row.lookup for row in (*edit.rewrites, edit.essence)])
-    clean: list[Tensor] = []
-    delta = torch.zeros(model.hidden_size, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
-
-    def add_delta(_module: object, _inputs: object, output: Tensor) -> Tensor:
-        if not clean:
-            clean.append(output[0, lookups[0]].detach().clone())
-        changed = output.clone()
-        for index, lookup in enumerate(lookups):
-            changed[index, lookup] += delta
-        return changed
-
-    handle = model.blocks[layer].register_forward_hook(add_delta)
-    reference: Tensor | None = None
-    for step in range(settings.steps):
-        logits = model.model(input_ids=batch.ids, attention_mask=batch.real.long()).logits
-        log_p = logits.log_softmax(dim=-1)
-        essence = log_p[-1, lookups[-1]]
-        reference = essence.detach() if reference is None else reference
-        kl = (essence.exp() * (essence - reference)).sum()
-        decay = settings.weight_decay * delta.norm() / clean[0].norm() ** 2
-        nll = _plain_nll(log_p, edit, [len(row) for row in rows[:-1]])
-        loss = nll + settings.kl_weight * kl + decay
-        if loss.item() < settings.stop_loss or step == settings.steps - 1:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            limit = settings.clamp_norm * clean[0].norm()
-            if delta.norm() > limit:
-                delta.mul_(limit / delta.norm())
-    handle.remove()
-    return (clean[0] + delta).detach()
+def _print_goals(row: dict[str, Any], ways: Sequence[str]) -> None:
+    goals: dict[str, tuple[float, str, float]] = {}
+    for name in ways:
+        goals[f"times faster than the {name} way"] = (
+            row[f"{name}_ratio"], ">=", GOAL_RATIO[row["dtype"]]
+        )  # fmt: skip
+        if row["dtype"] == "float32":
+            goals[f"relative difference of z, {name}"] = (
+                row[f"{name}_difference"], "<=", GOAL_DIFFERENCE
+            )  # fmt: skip
+    print_goals({**goals, "padding share": (row["padding_share"], "<=", GOAL_PADDING)})
 
 
-def _plain_nll(log_p: Tensor, edit: EditPrompts, lengths: Sequence[int]) -> Tensor:
-    target = torch.tensor(edit.target)
-    rows = [
-        log_p[index, length - len(target) : length].gather(-1, target[:, None]).mean()
-        for index, length in enumerate(lengths)
-    ]
-    return -torch.stack(rows).mean()
+def _padding_share(run: Callable[[], Any]) -> float:
+    """Share of the suffix tokens that a search carries only to fill rows, at its batches' start."""
+    with _encoded_batches() as batches:
+        run()
+    carried = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
+    return 1.0 - sum(batch.num_tokens for batch in batches) / carried
+
+
+@contextmanager
+def _encoded_batches() -> Iterator[list[SuffixBatch]]:
+    """Collect the suffix batches that the search makes while the context is open."""
+    batches: list[SuffixBatch] = []
+    encode = values_module.encode_suffixes
+
+    def record(*args: Any, **options: Any) -> SuffixBatch:
+        batches.append(encode(*args, **options))
+        return batches[-1]
+
+    values_module.encode_suffixes = record
+    try:
+        yield batches
+    finally:
+        values_module.encode_suffixes = encode
 
 
 def _difference(found: Sequence[FoundValue], expected: Sequence[Tensor]) -> float:
-    pairs = zip(found[: len(expected)], expected, strict=True)
+    pairs = zip(found, expected, strict=True)
     return max(float((value.z - plain).norm() / plain.norm()) for value, plain in pairs)
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--requests", type=Path, required=True)
-    parser.add_argument("--edits", type=int, default=64)
-    parser.add_argument("--plain-edits", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--dtype", default="float32")
-    return parser.parse_args()
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    made = parser(__doc__.splitlines()[0], edits=128)
+    made.add_argument("--plain-edits", type=int, default=8, help="edits that the slow ways search")
+    made.add_argument("--batch", type=int, help="edits at once; the worker's own by default")
+    made.add_argument("--public", type=Path, help="a checkout of kmeng01/memit to measure against")
+    return made.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Every benchmark runs on something tiny, and its fast and plain ways give the same numbers."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from benchmarks import covariance, evaluation, gpu, keys, reduce, values
+from benchmarks.machine import append_row, print_goals
+from benchmarks.timing import alternate
+from tests.tiny_jobs import TinyJobs
+
+
+@pytest.fixture
+def common(tmp_path: Path) -> list[str]:
+    """Arguments that all benchmarks take; threads as they are, since they outlast the run."""
+    threads = torch.get_num_threads()
+    return ["--threads", str(threads), "--results", str(tmp_path)]
+
+
+@pytest.fixture
+def model(common: list[str], tiny: TinyJobs, tmp_path: Path) -> list[str]:
+    """Arguments of the benchmarks on a real model: a tiny one."""
+    settings = tiny.settings(tmp_path / "run")
+    return [
+        *("--spec", str(tiny.spec_file(tmp_path / "spec.yaml", settings))),
+        *("--model", settings["model"]["path"], "--requests", settings["requests"]["path"]),
+        *(*common, "--repeats", "1"),
+    ]
+
+
+def test_values(model: list[str], tmp_path: Path) -> None:
+    row = values.main([*model, "--edits", "6", "--plain-edits", "2"])
+    assert row["edits"] == 6
+    assert row["plain_difference"] < 1e-4
+    assert row["plain_ratio"] > 0
+    assert 0 <= row["padding_share"] < 1
+    stored = pq.read_table(tmp_path / "values.parquet").to_pylist()
+    assert len(stored) == 1
+    assert stored[0]["plain_ratio"] == row["plain_ratio"]
+    assert {"processor", "torch", "transformers", "commit", "threads"} <= set(stored[0])
+
+
+def test_keys(model: list[str]) -> None:
+    row = keys.main([*model, "--edits", "4"])
+    assert row["largest_difference"] < 1e-5
+    assert row["hidden_bytes_an_edit"] > 0
+
+
+def test_covariance(model: list[str], tiny: TinyJobs) -> None:
+    row = covariance.main([*model, "--corpus", str(tiny.corpus), "--texts", "20"])
+    assert row["largest_difference"] < 1e-5
+    assert row["texts"] == 20
+    assert 0 <= row["padding_share"] < 1
+
+
+def test_evaluation(model: list[str]) -> None:
+    row = evaluation.main([*model, "--edits", "3", "--plain-probes", "4"])
+    assert row["largest_difference"] < 1e-4
+    assert row["same_texts"] == 1.0
+
+
+def test_reduce(common: list[str]) -> None:
+    sizes = ["--edits", "6", "--key-size", "64", "--hidden-size", "8", "--repeats", "1"]
+    row = reduce.main([*common, *sizes])
+    assert row["largest_difference"] < 1e-10
+    assert (row["bytes_keys"], row["bytes_gram"]) == (4 * 6 * 72, 8 * 64 * 72)
+
+
+def test_gpu_on_a_tiny_shape(common: list[str]) -> None:
+    sizes = ["--shape", "tiny", "--edits", "8", "--batch", "4", "--tokens", "300"]
+    row = gpu.main([*common, *sizes, "--dtype", "float32"])
+    for phase in ("values", "keys", "covariance", "reduce, a layer"):
+        assert row[f"{phase}_seconds"] > 0
+        assert row[f"{phase}_share"] > 0
+
+
+def test_alternating_runs_warm_up_and_take_turns() -> None:
+    order: list[str] = []
+    timed = alternate({name: lambda name=name: order.append(name) for name in "ab"}, repeats=2)
+    assert order == ["b", "a", "a", "b", "b", "a"]
+    assert set(timed) == {"a", "b"}
+
+
+def test_rows_of_other_columns_are_appended(tmp_path: Path) -> None:
+    append_row("some", {"a": 1}, tmp_path)
+    append_row("some", {"a": 2, "b": "x"}, tmp_path)
+    rows = pq.read_table(tmp_path / "some.parquet").to_pylist()
+    assert rows == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
+
+
+def test_goals_say_which_are_met(capsys: pytest.CaptureFixture[str]) -> None:
+    print_goals({"fast": (9.0, ">=", 8.0), "lean": (2.0, "<=", 1.5)})
+    fast, lean = [line for line in capsys.readouterr().out.splitlines() if "= " in line]
+    assert "yes" in fast
+    assert "NO" in lean
