@@ -126,7 +126,7 @@ class _Bench:
         keys_NF, residuals_ND = torch.randn(n, f, **options), torch.randn(n, d, **options)
         covariance_FF = torch.eye(f, **options) + 0.5  # its spectrum costs nothing here
         factored = timed_run(lambda: factorise(COVARIANCE_WEIGHT * covariance_FF))
-        self._add("factor lambda C, a layer", factored, 1, "layers", f**3 / 3)
+        self._add("factor", factored, 1, "layer", f**3 / 3)
 
         def solve() -> Tensor:
             if n < f:
@@ -136,7 +136,7 @@ class _Bench:
             return solve_update(gram, cross, covariance_FF, COVARIANCE_WEIGHT)[0]
 
         flops = _few_flops(n, f, d) if n < f else _many_flops(n, f, d)
-        self._add("reduce, a layer", timed_run(solve), n, "edits", flops)
+        self._add("reduce", timed_run(solve), n, "edits of a layer", flops)
         self.row["bytes_keys"] = 4 * n * (f + d)
         self.row["bytes_gram"] = 8 * f * (f + d)
 

@@ -23,6 +23,7 @@ from pipeline.models.editable import resolve_device
 
 GOAL_RATIO = 5.0
 WEIGHT = 20.0
+_CORPUS_KEYS = 256
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -65,8 +66,9 @@ class _Problem:
         }  # fmt: skip
         # Standard deviations from 1 down to 1 / 30, as keys have few strong directions.
         scale = torch.linspace(0, -3.4, key_size, dtype=torch.float64, device=device).exp()
-        corpus = torch.randn(2 * key_size, key_size, **options) * scale
-        self.covariance_FF = corpus.T @ corpus / len(corpus)
+        # As many random keys as this would leave C singular; the diagonal stands for the rest.
+        some = torch.randn(_CORPUS_KEYS, key_size, **options) * scale
+        self.covariance_FF = some.T @ some / _CORPUS_KEYS + torch.diag(scale**2)
         self.keys_NF = torch.randn(edits, key_size, **options) * scale
         self.residuals_ND = torch.randn(edits, hidden_size, **options)
         self.factor = factorise(WEIGHT * self.covariance_FF)

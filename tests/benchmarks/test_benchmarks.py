@@ -71,7 +71,7 @@ def test_reduce(common: list[str]) -> None:
 def test_gpu_on_a_tiny_shape(common: list[str]) -> None:
     sizes = ["--shape", "tiny", "--edits", "8", "--batch", "4", "--tokens", "300"]
     row = gpu.main([*common, *sizes, "--dtype", "float32"])
-    for phase in ("values", "keys", "covariance", "reduce, a layer"):
+    for phase in ("values", "keys", "covariance", "factor", "reduce"):
         assert row[f"{phase}_seconds"] > 0
         assert row[f"{phase}_share"] > 0
 
