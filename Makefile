@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed
 INSTALLED_TEST := $(VENV)/installed-test
 
-.PHONY: help quickstart test test-slow lint format clean
+.PHONY: help quickstart test test-slow lint format benchmarks clean
 
 help:
 	@echo "make quickstart   install, then edit the embedded model and print the summary"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make lint         ruff and mypy only"
 	@echo "make format       let ruff rewrite the code"
+	@echo "make benchmarks   measure each phase (benchmarks/README.md)"
 	@echo "make clean        remove .venv, caches and build output"
 
 $(INSTALLED): pyproject.toml
@@ -51,6 +52,20 @@ format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The embedded model and world unless told otherwise; give all of MODEL, REQUESTS, CORPUS and SPEC.
+MODEL ?= factworld
+REQUESTS ?= factworld
+CORPUS ?= factworld
+SPEC ?= jobs/specs/quickstart.yaml
+WORKLOAD = --spec $(SPEC) --model $(MODEL) --requests $(REQUESTS)
+
+benchmarks: $(INSTALLED_TEST)
+	$(BIN)/python -m benchmarks.values $(WORKLOAD)
+	$(BIN)/python -m benchmarks.keys $(WORKLOAD)
+	$(BIN)/python -m benchmarks.reduce
+	$(BIN)/python -m benchmarks.covariance $(WORKLOAD) --corpus $(CORPUS)
+	$(BIN)/python -m benchmarks.evaluation $(WORKLOAD)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find pipeline jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find pipeline jobs benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

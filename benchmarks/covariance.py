@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "plain": lambda: plain_sums(work.plain_model, layers, rows),
         },
         arguments.repeats,
+        arguments.clock,
     )
     sums: GramSums = timed["one pass"].result
     floor = timed["forward pass"].seconds + timed["Gram products"].seconds
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     flops = covariance_flops(ModelSize.of(model), sizes, sums.tokens, layers[-1])
     row: dict[str, Any] = {
         "dtype": work.spec.model.dtype,
+        "clock": arguments.clock,
         "texts": len(rows),
         "tokens": sums.tokens,
         "layers": len(layers),
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "largest_difference": _difference(sums, timed["plain"].result),
     }
     _print_ways(timed, sums.tokens, floor, arguments.repeats)
-    _print_growth(work, rows, arguments.repeats)
+    _print_growth(work, rows, arguments)
     report("covariance", row, arguments.results)
     print_goals({"times forward pass + Gram": (row["floor_ratio"], "<=", GOAL_RATIO)})
     return row
@@ -145,7 +147,9 @@ def _print_ways(timed: dict[str, Timed], tokens: int, floor: float, repeats: int
     )
 
 
-def _print_growth(work: Workload, rows: Sequence[Sequence[int]], repeats: int) -> None:
+def _print_growth(
+    work: Workload, rows: Sequence[Sequence[int]], arguments: argparse.Namespace
+) -> None:
     """How the cost grows with the number of layers: the last 1, 2, ... of them."""
     counts = range(1, len(work.layers) + 1)
     timed = alternate(
@@ -153,7 +157,8 @@ def _print_growth(work: Workload, rows: Sequence[Sequence[int]], repeats: int) -
             str(count): partial(gram_sums, work.model, work.layers[-count:], rows, work.max_tokens)
             for count in counts
         },
-        repeats,
+        arguments.repeats,
+        arguments.clock,
     )
     print_table(
         "how the cost grows with the layers",

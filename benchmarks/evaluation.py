@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             ],
         },
         arguments.repeats,
+        arguments.clock,
     )
     pairs = {
         "scoring, batched": _pairs(probes),
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     texts = dict(zip(prompts, timed["generation, batched"].result, strict=True))
     row: dict[str, Any] = {
         "dtype": work.spec.model.dtype,
+        "clock": arguments.clock,
         "edits": len(work.requests),
         "probes": len(probes),
         "pairs_per_second": 1 / each["scoring, batched"],

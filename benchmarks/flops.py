@@ -9,6 +9,8 @@ that a rate in FLOP/s falls with waste.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from pipeline.editing.values import FoundValue
 from pipeline.models.editable import EditableModel
 from pipeline.prompts import EditPrompts
@@ -16,19 +18,27 @@ from pipeline.prompts import EditPrompts
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Entries of the matrices that a token is multiplied by, block by block and at the end."""
+    """Entries of the matrices that a token is multiplied by.
+
+    Attributes:
+        blocks: of every block.
+        last_mlp: of the last block's MLP alone; 0 where it is no module of its own.
+        unembedding: d x v.
+    """
 
     blocks: tuple[int, ...]
+    last_mlp: int
     unembedding: int
 
     @classmethod
     def of(cls, model: EditableModel) -> "ModelSize":
         """Count a model's matrices; vectors (norms, biases) are left out."""
-        blocks = tuple(
-            sum(weight.numel() for weight in block.parameters() if weight.ndim >= 2)
-            for block in model.blocks
+        mlp = model.mlp(model.num_blocks - 1)
+        return cls(
+            tuple(_entries(block) for block in model.blocks),
+            0 if mlp is None else _entries(mlp),
+            model.hidden_size * model.vocab_size,
         )
-        return cls(blocks, model.hidden_size * model.vocab_size)
 
     def up_to(self, layer: int) -> int:
         """Blocks 0 to `layer`, that one included."""
@@ -37,6 +47,10 @@ class ModelSize:
     def above(self, layer: int) -> int:
         """Blocks above `layer`."""
         return sum(self.blocks[layer + 1 :])
+
+
+def _entries(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.ndim >= 2)
 
 
 @dataclass(frozen=True)
@@ -69,16 +83,18 @@ def value_flops(
 ) -> float:
     """FLOP of the value search at block L = `layer`, summed over edits.
 
-    2 below (prefix + suffix) + 2 above prefix + (2 (n + 1) + 2 n) (above suffix + d v read)
+    2 below (prefix + suffix) + 2 above prefix
+        + (2 (n + 1) + 2 n) (above suffix - last_mlp (suffix - read) + d v read)
     with n gradient steps, n + 1 forward passes, `below` the matrices of blocks 0..L and `above`
-    those of the blocks above.
+    those of the blocks above. The last block's MLP is needed only where the vocabulary is read.
     """
     below, above = size.up_to(layer), size.above(layer)
     total = 0.0
     for edit, value in zip(edits, found, strict=True):
         tokens = EditTokens.of(edit)
         once = below * (tokens.prefix + tokens.suffix) + above * tokens.prefix
-        a_pass = above * tokens.suffix + size.unembedding * tokens.read
+        unread = tokens.suffix - tokens.read
+        a_pass = above * tokens.suffix - size.last_mlp * unread + size.unembedding * tokens.read
         total += 2.0 * once + (4.0 * value.steps + 2.0) * a_pass
     return total
 

@@ -42,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "plain": lambda: plain_keys(work.plain_model, edits, layers, work.max_tokens),
         },
         arguments.repeats,
+        arguments.clock,
     )
     keys = timed["wave"].result
     wave_bytes = KeyWave(model, edits, layers[-1], max_tokens=work.max_tokens).num_bytes
     flops = key_flops(ModelSize.of(model), edits, layers)
     row: dict[str, Any] = {
         "dtype": work.spec.model.dtype,
+        "clock": arguments.clock,
         "edits": len(edits),
         "layers": len(layers),
         "edits_per_second": len(edits) / timed["wave"].seconds,
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for name, run in timed.items()
         ],
     )
-    _print_growth(work, arguments.repeats)
+    _print_growth(work, arguments)
     report("keys", row, arguments.results)
     print_goals({"times a forward pass": (row["forward_ratio"], "<=", GOAL_RATIO)})
     return row
@@ -163,7 +165,7 @@ def largest_difference(found: Keys, expected: Keys) -> float:
     )
 
 
-def _print_growth(work: Workload, repeats: int) -> None:
+def _print_growth(work: Workload, arguments: argparse.Namespace) -> None:
     """How the cost grows with the number of edits and of layers."""
     model, edits, layers, tokens = work.model, work.edits, work.layers, work.max_tokens
     runs = {}
@@ -174,7 +176,8 @@ def _print_growth(work: Workload, repeats: int) -> None:
         runs[len(edits), count] = (edits, layers[-count:])
     timed = alternate(
         {key: partial(wave_keys, model, part, some, tokens) for key, (part, some) in runs.items()},
-        repeats,
+        arguments.repeats,
+        arguments.clock,
     )
     print_table(
         "how the wave's cost grows",

@@ -12,6 +12,10 @@ import torch
 
 Name = TypeVar("Name")
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Time that passes, and processor time of all threads of this process: on a machine that others
+use, the second says more about one thread's work."""
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -27,7 +31,9 @@ class Timed:
     peak_bytes: int
 
 
-def alternate(runs: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, Timed]:
+def alternate(
+    runs: Mapping[Name, Callable[[], Any]], repeats: int, clock: str = "wall"
+) -> dict[Name, Timed]:
     """Time several ways to do one thing, taking turns, so that a busy machine slows all of them.
 
     One round warms up and does not count. Every other round goes through the runs in the opposite
@@ -40,7 +46,7 @@ def alternate(runs: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name
     for number in range(repeats + 1):
         names = list(runs) if number % 2 else list(runs)[::-1]
         for name in names:
-            timed = timed_run(runs[name])
+            timed = timed_run(runs[name], clock)
             if number:
                 found[name].append(timed)
     return {
@@ -53,7 +59,7 @@ def alternate(runs: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name
     }
 
 
-def timed_run(run: Callable[[], Any]) -> Timed:
+def timed_run(run: Callable[[], Any], clock: str = "wall") -> Timed:
     """Run once; a GPU is waited for at both ends."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -61,11 +67,11 @@ def timed_run(run: Callable[[], Any]) -> Timed:
         torch.cuda.reset_peak_memory_stats()
     else:
         before = _reset_peak()
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     result = run()
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds = CLOCKS[clock]() - start
     peak = torch.cuda.max_memory_allocated() if cuda else _status_bytes("VmHWM") - before
     return Timed(seconds, result, peak)
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             work.contexts,
         )
         runs["public"] = lambda: [public(work.requests[i]) for i in chosen]
-    timed = alternate(runs, arguments.repeats)
+    timed = alternate(runs, arguments.repeats, arguments.clock)
     found: list[FoundValue] = timed["batched"].result
     padding = _padding_share(lambda: find_values(work.model, work.edits, layer, settings, batch))
 
@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     row: dict[str, Any] = {
         "dtype": work.spec.model.dtype,
+        "clock": arguments.clock,
         "edits": len(found),
         "batch": batch,
         "edits_per_second": len(found) / timed["batched"].seconds,

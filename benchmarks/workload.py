@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.machine import RESULTS, ROOT
+from benchmarks.timing import CLOCKS
 from pipeline.cluster.plan import make_plan
 from pipeline.models.editable import EditableModel, resolve_device
 from pipeline.models.loading import fuse_activations, load_model, load_tokenizer
@@ -35,6 +36,7 @@ def parser(description: str, edits: int) -> argparse.ArgumentParser:
     made.add_argument("--dtype", default="float32")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--repeats", type=int, default=3, help="measured rounds; one more warms up")
+    made.add_argument("--clock", choices=CLOCKS, default="wall", help="time a run by this")
     made.add_argument("--results", type=Path, default=RESULTS)
     return made
 
