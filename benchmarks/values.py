@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     batch = arguments.batch or _BATCH[work.device.type]
     plain_model = work.plain_model
     runs: dict[str, Callable[[], Any]] = {
-        "batched": lambda: find_values(work.model, work.edits, layer, settings, batch),
+        "batched": lambda: _counted(
+            lambda: find_values(work.model, work.edits, layer, settings, batch)
+        ),
         "plain": lambda: [plain_value(plain_model, work.edits[i], layer, settings) for i in chosen],
     }
     if arguments.public is not None:
@@ -56,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         runs["public"] = lambda: [public(work.requests[i]) for i in chosen]
     timed = alternate(runs, arguments.repeats, arguments.clock)
-    found: list[FoundValue] = timed["batched"].result
-    padding = _padding_share(lambda: find_values(work.model, work.edits, layer, settings, batch))
+    found: list[FoundValue] = timed["batched"].result[0]
+    padding: float = timed["batched"].result[1]
 
     size = ModelSize.of(work.model)
     steps = {"batched": [value.steps for value in found]}
@@ -128,27 +130,27 @@ def _print_goals(row: dict[str, Any], ways: Sequence[str]) -> None:
     print_goals({**goals, "padding share": (row["padding_share"], "<=", GOAL_PADDING)})
 
 
-def _padding_share(run: Callable[[], Any]) -> float:
-    """Share of the suffix tokens that a search carries only to fill rows, at its batches' start."""
-    with _encoded_batches() as batches:
-        run()
-    carried = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
-    return 1.0 - sum(batch.num_tokens for batch in batches) / carried
+def _counted(search: Callable[[], list[FoundValue]]) -> tuple[list[FoundValue], float]:
+    """What a search finds, and the share of its suffix tokens that only fill rows, at the start."""
+    with _encoded_batches() as sizes:
+        found = search()
+    return found, 1.0 - sum(real for real, _ in sizes) / sum(carried for _, carried in sizes)
 
 
 @contextmanager
-def _encoded_batches() -> Iterator[list[SuffixBatch]]:
-    """Collect the suffix batches that the search makes while the context is open."""
-    batches: list[SuffixBatch] = []
+def _encoded_batches() -> Iterator[list[tuple[int, int]]]:
+    """Real and carried suffix tokens of every batch that is encoded while the context is open."""
+    sizes: list[tuple[int, int]] = []
     encode = values_module.encode_suffixes
 
     def record(*args: Any, **options: Any) -> SuffixBatch:
-        batches.append(encode(*args, **options))
-        return batches[-1]
+        batch = encode(*args, **options)
+        sizes.append((batch.num_tokens, batch.hidden.shape[0] * batch.hidden.shape[1]))
+        return batch
 
     values_module.encode_suffixes = record
     try:
-        yield batches
+        yield sizes
     finally:
         values_module.encode_suffixes = encode
 
