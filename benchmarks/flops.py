@@ -22,21 +22,24 @@ class ModelSize:
 
     Attributes:
         blocks: of every block.
-        last_mlp: of the last block's MLP alone; 0 where it is no module of its own.
+        mlps: of every block's MLP alone; 0 where it is no module of its own.
+        downs: of every block's down-projection alone.
         unembedding: d x v.
     """
 
     blocks: tuple[int, ...]
-    last_mlp: int
+    mlps: tuple[int, ...]
+    downs: tuple[int, ...]
     unembedding: int
 
     @classmethod
     def of(cls, model: EditableModel) -> "ModelSize":
         """Count a model's matrices; vectors (norms, biases) are left out."""
-        mlp = model.mlp(model.num_blocks - 1)
+        mlps = [model.mlp(layer) for layer in range(model.num_blocks)]
         return cls(
             tuple(_entries(block) for block in model.blocks),
-            0 if mlp is None else _entries(mlp),
+            tuple(0 if mlp is None else _entries(mlp) for mlp in mlps),
+            tuple(_entries(model.down_projection(layer)) for layer in range(model.num_blocks)),
             model.hidden_size * model.vocab_size,
         )
 
@@ -84,9 +87,10 @@ def value_flops(
     """FLOP of the value search at block L = `layer`, summed over edits.
 
     2 below (prefix + suffix) + 2 above prefix
-        + (2 (n + 1) + 2 n) (above suffix - last_mlp (suffix - read) + d v read)
+        + (2 (n + 1) + 2 n) (above suffix - mlp (suffix - read) + d v read)
     with n gradient steps, n + 1 forward passes, `below` the matrices of blocks 0..L and `above`
-    those of the blocks above. The last block's MLP is needed only where the vocabulary is read.
+    those of the blocks above. The last block's MLP, `mlp`, is needed only where the vocabulary is
+    read.
     """
     below, above = size.up_to(layer), size.above(layer)
     total = 0.0
@@ -94,7 +98,7 @@ def value_flops(
         tokens = EditTokens.of(edit)
         once = below * (tokens.prefix + tokens.suffix) + above * tokens.prefix
         unread = tokens.suffix - tokens.read
-        a_pass = above * tokens.suffix - size.last_mlp * unread + size.unembedding * tokens.read
+        a_pass = above * tokens.suffix - size.mlps[-1] * unread + size.unembedding * tokens.read
         total += 2.0 * once + (4.0 * value.steps + 2.0) * a_pass
     return total
 
@@ -102,22 +106,28 @@ def value_flops(
 def key_flops(size: ModelSize, edits: Sequence[EditPrompts], layers: Sequence[int]) -> float:
     """FLOP of keys and residuals: all prompts to the last layer once, bare ones again a layer.
 
-    The floor counts every block once for the prompts with contexts, and for the bare prompts, at
-    whose end the residual is measured anew for each layer l, the blocks from l to the last again.
+    Every block counts once for every prompt, and for the bare prompts, at whose end the residual is
+    measured anew for each layer l, the down-projection of l and the blocks above it again. The last
+    layer's MLP is needed at the lookup tokens only.
     """
     last = layers[-1]
-    all_tokens = sum(row.lookup + 1 for edit in edits for row in edit.rewrites)
-    bare_tokens = sum(edit.rewrites[0].lookup + 1 for edit in edits)
-    tails = sum(sum(size.blocks[layer : last + 1]) for layer in layers[1:])
-    return 2.0 * (size.up_to(last) * all_tokens + tails * bare_tokens)
+    rows = [row.lookup + 1 for edit in edits for row in edit.rewrites]
+    bare = [edit.rewrites[0].lookup + 1 for edit in edits]
+    mlp = size.mlps[last]
+    total = (size.up_to(last) - mlp) * sum(rows) + mlp * len(rows)
+    for layer in layers[:-1]:
+        tail = size.downs[layer] + size.up_to(last) - size.up_to(layer) - mlp
+        total += tail * sum(bare) + mlp * len(bare)
+    return 2.0 * total
 
 
 def covariance_flops(
     size: ModelSize, key_sizes: Sequence[int], tokens: int, last_layer: int
 ) -> float:
-    """FLOP of the covariance of several layers: blocks 0..L once, and f x f a token and layer.
+    """FLOP of the covariance of several layers: up to the last key once, f x f a token and layer.
 
     A Gram product is counted in full, 2 f^2 a token, though it is symmetric: that is what a matrix
     product does.
     """
-    return 2.0 * tokens * (size.up_to(last_layer) + sum(f * f for f in key_sizes))
+    forward = size.up_to(last_layer) - size.downs[last_layer]
+    return 2.0 * tokens * (forward + sum(f * f for f in key_sizes))
