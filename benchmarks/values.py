@@ -4,13 +4,14 @@
 
 Prints time an edit, FLOP/s (benchmarks/flops.py says what is counted), the padding share and the
 largest relative difference of z; with `--public`, against the code published with MEMIT as well.
-The slow ways search a part of the edits, evenly spaced; every ratio compares milliseconds an edit
-and forward pass, since edits differ in how many passes they need.
+The slow ways search a part of the edits, evenly spaced; what all edits would take them is that time
+by the FLOP that they execute for all and for the part.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.editing import values as values_module
 from pipeline.editing.suffixes import SuffixBatch
 from pipeline.editing.values import FoundValue, find_values
 from pipeline.methods.settings import value_settings
+from pipeline.prompts import EditPrompts
 
 GOAL_RATIO = {"float32": 8.0, "bfloat16": 25.0}
 GOAL_DIFFERENCE = 1e-4
@@ -38,14 +40,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = _parse(argv)
     work = Workload.of(arguments)
     layer, settings = work.layers[-1], value_settings(work.spec.method)
+    if arguments.steps is not None:
+        settings = replace(settings, steps=arguments.steps)
     chosen = spread(len(work.edits), arguments.plain_edits)
     batch = arguments.batch or _BATCH[work.device.type]
-    plain_model = work.plain_model
+    some, plain_model = [work.edits[i] for i in chosen], work.plain_model
     runs: dict[str, Callable[[], Any]] = {
         "batched": lambda: _counted(
             lambda: find_values(work.model, work.edits, layer, settings, batch)
         ),
-        "plain": lambda: [plain_value(plain_model, work.edits[i], layer, settings) for i in chosen],
+        "plain": lambda: [plain_value(plain_model, edit, layer, settings) for edit in some],
     }
     if arguments.public is not None:
         public = PublicValues(
@@ -58,63 +62,67 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         runs["public"] = lambda: [public(work.requests[i]) for i in chosen]
     timed = alternate(runs, arguments.repeats, arguments.clock)
-    found: list[FoundValue] = timed["batched"].result[0]
-    padding: float = timed["batched"].result[1]
 
-    size = ModelSize.of(work.model)
-    steps = {"batched": [value.steps for value in found]}
-    steps["plain"] = steps["public"] = [taken for _, taken in timed["plain"].result]
-    flops = {"batched": value_flops(size, work.edits, found, layer)}
-    flops["plain"] = flops["public"] = sum(
-        plain_value_flops(size, work.edits[i], taken, layer)
-        for i, taken in zip(chosen, steps["plain"], strict=True)
-    )
-    values = {
-        "plain": [z for z, _ in timed["plain"].result],
-        "public": timed["public"].result if "public" in timed else [],
-    }
-    milliseconds = {
-        name: 1e3 * run.seconds / sum(taken + 1 for taken in steps[name])
-        for name, run in timed.items()
-    }
-    print_table(
-        f"values, {work.spec.model.dtype}: medians of {arguments.repeats} rounds",
-        ("way", "edits", "ms an edit", "passes", "ms a pass", "ratio", "GFLOP/s", "z differs"),
-        [
-            (
-                name,
-                len(steps[name]),
-                1e3 * run.seconds / len(steps[name]),
-                sum(steps[name]) / len(steps[name]) + 1,
-                milliseconds[name],
-                milliseconds[name] / milliseconds["batched"],
-                flops[name] / run.seconds / 1e9,
-                _difference([found[i] for i in chosen], values[name]) if name in values else 0.0,
-            )
-            for name, run in timed.items()
-        ],
-    )
+    found: list[FoundValue] = timed["batched"].result[0]
+    size, seconds = ModelSize.of(work.model), timed["batched"].seconds
+    flops = value_flops(size, work.edits, found, layer)
+    steps = [taken for _, taken in timed["plain"].result]
+    plain_flops = _plain_flops(size, some, steps, layer)
+    # What the slow ways would take for all edits: their rate on some, the work of all.
+    scale = _plain_flops(size, work.edits, [value.steps for value in found], layer) / plain_flops
     row: dict[str, Any] = {
         "dtype": work.spec.model.dtype,
         "clock": arguments.clock,
         "edits": len(found),
+        "passes": settings.steps,
         "batch": batch,
-        "edits_per_second": len(found) / timed["batched"].seconds,
-        "gigaflops_an_edit": flops["batched"] / len(found) / 1e9,
-        "gigaflops_per_second": flops["batched"] / timed["batched"].seconds / 1e9,
+        "edits_per_second": len(found) / seconds,
+        "gigaflops_an_edit": flops / len(found) / 1e9,
+        "gigaflops_per_second": flops / seconds / 1e9,
         "matmul_gigaflops_per_second": matmul_rate(work.device, work.model.dtype) / 1e9,
-        "padding_share": padding,
+        "padding_share": timed["batched"].result[1],
         "peak_megabytes": timed["batched"].peak_bytes / 1e6,
         "target_probability": sum(value.target_probability for value in found) / len(found),
     }
-    ways = [name for name in ("plain", "public") if name in timed]
-    for name in ways:
-        row[f"{name}_ratio"] = milliseconds[name] / milliseconds["batched"]
-        row[f"{name}_gigaflops_per_second"] = flops[name] / timed[name].seconds / 1e9
-        row[f"{name}_difference"] = _difference([found[i] for i in chosen], values[name])
+    values = {"plain": [z for z, _ in timed["plain"].result]}
+    if "public" in timed:
+        values["public"] = timed["public"].result
+    for name, expected in values.items():
+        row |= {
+            f"{name}_edits_per_second": len(found) / (timed[name].seconds * scale),
+            f"{name}_ratio": timed[name].seconds * scale / seconds,
+            f"{name}_gigaflops_per_second": plain_flops / timed[name].seconds / 1e9,
+            f"{name}_difference": _difference([found[i] for i in chosen], expected),
+        }
+    _print_ways(row, list(values), arguments)
     report("values", row, arguments.results)
-    _print_goals(row, ways)
+    _print_goals(row, list(values))
     return row
+
+
+def _plain_flops(
+    size: ModelSize, edits: Sequence[EditPrompts], steps: Sequence[int], layer: int
+) -> float:
+    return sum(
+        plain_value_flops(size, edit, taken, layer)
+        for edit, taken in zip(edits, steps, strict=True)
+    )
+
+
+def _print_ways(row: dict[str, Any], ways: Sequence[str], arguments: argparse.Namespace) -> None:
+    lines: list[tuple[Any, ...]] = [
+        ("batched", 1e3 / row["edits_per_second"], 1.0, row["gigaflops_per_second"], "")
+    ]
+    for name in ways:
+        parts = ("edits_per_second", "ratio", "gigaflops_per_second", "difference")
+        each, ratio, rate, difference = (row[f"{name}_{part}"] for part in parts)
+        lines.append((name, 1e3 / each, ratio, rate, difference))
+    print_table(
+        f"values, {row['dtype']}, {row['edits']} edits ({arguments.plain_edits} by the slow ways):"
+        f" medians of {arguments.repeats} rounds",
+        ("way", "ms an edit", "times the batched", "GFLOP/s", "z differs by"),
+        lines,
+    )
 
 
 def _print_goals(row: dict[str, Any], ways: Sequence[str]) -> None:
@@ -163,6 +171,7 @@ def _difference(found: Sequence[FoundValue], expected: Sequence[Tensor]) -> floa
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__.splitlines()[0], edits=128)
     made.add_argument("--plain-edits", type=int, default=8, help="edits that the slow ways search")
+    made.add_argument("--steps", type=int, help="forward passes instead of the spec's")
     made.add_argument("--batch", type=int, help="edits at once; the worker's own by default")
     made.add_argument("--public", type=Path, help="a checkout of kmeng01/memit to measure against")
     return made.parse_args(argv)
