@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import tests.fuzzing  # noqa: F401 - registers its profile before hypothesis looks for it
+
 if TYPE_CHECKING:
     from tests.tiny_jobs import TinyJobs
 
