@@ -74,12 +74,14 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             revision=spec.revision,
             trust_remote_code=False,
         )
+        # A damaged one may load and fail at its first text.
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     if not tokenizer.is_fast:
         raise InputError(
             f"model.path: the tokenizer of {spec.path!r} gives no character offsets, which finding"
             " the subject's last token needs; convert it to a fast tokenizer (tokenizer.json)"
         )
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if not ids:
         # transformers makes an empty one where a directory has none.
         raise InputError(
             f"model.path: cannot load the tokenizer of {spec.path!r}: it has no vocabulary; put"

@@ -74,14 +74,21 @@ def test_any_json_corpus(tmp_path: Path, content: object) -> None:
     content_or_error(path, lambda: read_corpus(str(path), field="text", samples=2, seed=0))
 
 
+@pytest.fixture(scope="module")
+def covariance(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    matrix = torch.eye(4, dtype=torch.float64)
+    folder = tmp_path_factory.mktemp("covariance")
+    path = write_covariance(folder, 3, matrix, tokens=9, identity=IDENTITY)
+    return path, path.read_bytes()
+
+
 @fuzz(20, 1500)
 @given(data=st.data())
-def test_any_damage_to_a_covariance(tmp_path: Path, data: st.DataObject) -> None:
-    matrix = torch.eye(4, dtype=torch.float64)
-    path = write_covariance(tmp_path, 3, matrix, tokens=9, identity=IDENTITY)
-    path.write_bytes(data.draw(damaged(path.read_bytes())))
+def test_any_damage_to_a_covariance(covariance: tuple[Path, bytes], data: st.DataObject) -> None:
+    path, whole = covariance
+    path.write_bytes(data.draw(damaged(whole)))
     content_or_error(path, lambda: read_covariance(path, key_size=4))
-    content_or_error(path, lambda: find_covariances(tmp_path, [3], IDENTITY))
+    content_or_error(path, lambda: find_covariances(path.parent, [3], IDENTITY))
 
 
 @fuzz(20, 1500)

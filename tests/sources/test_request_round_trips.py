@@ -16,7 +16,7 @@ from pipeline.sources import jsonl, parquet, read_requests
 from tests.fuzzing import damaged, fuzz
 
 # One file a test is written again for every example; nothing of an example outlives it.
-files = fuzz(40, 700)
+files = fuzz(40, 500)
 
 TRICKY = ["{}", "{", "}", '"', "'", "\\", "\n", "\r", "\u2028", "\x85", "\u200f", "\u202e", "\0"]
 text = st.one_of(
