@@ -15,7 +15,7 @@ INSTALLED_TEST := $(VENV)/installed-test
 help:
 	@echo "make quickstart   install, then edit the embedded model and print the summary"
 	@echo "make test         install, then lint, type check and run the tests"
-	@echo "make test-slow    the tests that take minutes, and 25,000 cases of the fuzz tests"
+	@echo "make test-slow    the tests that take minutes, and 30,000 cases of the fuzz tests"
 	@echo "make lint         ruff and mypy only"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make clean        remove .venv, caches and build output"

@@ -302,7 +302,7 @@ def test_differences_are_named_with_both_values() -> None:
         'method.contexts was null and is ["{}, and {x}"]',
         "seed was 0 and is 4",
     ]
-    long = load_spec(None, [f"model.path={'x' * 999}"]).differences(earlier)[0]
+    long = load_spec(None, [f"model.path={'x/' * 500}"]).differences(earlier)[0]
     assert len(long) < 300 and long.endswith("...")
 
 

@@ -138,6 +138,18 @@ def test_a_wild_update_is_kept_when_told_so(
     assert statuses(run) == {"applied": 12}
 
 
+def test_a_stopped_batch_goes_on_when_told_so(tiny: TinyJobs, tmp_path: Path) -> None:
+    """Values and baseline are kept, and the bits are those of a run that was never stopped."""
+    with pytest.raises(DivergedError):
+        run_batch_edit(tiny.spec(tmp_path / "run", *WILD))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "values").iterdir()}
+    spec = tiny.spec(tmp_path / "run", *WILD, "output.on_divergence=keep")
+    run = read(run_batch_edit(spec).path)
+    assert kept == {path: path.stat().st_mtime_ns for path in (run.path / "values").iterdir()}
+    assert digests(run) == digests(tiny.finished(*WILD, "output.on_divergence=keep"))
+    assert run.manifest["status"] == "finished" and statuses(run) == {"applied": 12}
+
+
 def test_a_higher_limit_lets_it_pass_to_the_same_bits(tiny: TinyJobs) -> None:
     kept = tiny.finished(*WILD, "output.on_divergence=keep")
     raised = tiny.finished(*WILD, "method.max_drift=1.0e+9", "output.on_divergence=keep")

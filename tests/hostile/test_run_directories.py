@@ -1,9 +1,11 @@
 """A run directory from anyone: what it holds is read as it was written, or refused by name."""
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from pipeline import apply_updates, export_model
+from pipeline import apply_updates, export_model, run_batch_edit
 from pipeline.errors import EditfleetError, InputError, ResultsDamagedError
 from pipeline.models.loading import load_model
+from pipeline.report.status import print_status, run_status
 from pipeline.report.summary import problem_lines, summary_tables
 from pipeline.results import Run, read
 from pipeline.results.schemas import SCHEMAS
@@ -60,6 +64,10 @@ def look_at(path: Path) -> None:
     for update in run.updates():
         read_update(update)[1].norm()
     summary_tables(run.summary)
+    screen = Console(file=io.StringIO(), width=100)
+    print_status(run_status(path, verify=True), screen)
+    assert isinstance(screen.file, io.StringIO)
+    assert all(line.isprintable() for line in screen.file.getvalue().split("\n"))
     run.recorded  # noqa: B018
 
 
@@ -185,6 +193,18 @@ def test_no_link_leads_out_of_a_run(copied: Path, tmp_path: Path, what: str) -> 
     rows = read(copied)._store.read_parts("values").slice(0, 0)
     with pytest.raises(ResultsDamagedError, match="leads out of the run directory"):
         read(copied)._store.write_part("edits", rows.select([]), round=0, shard=0, weight_version=0)
+
+
+def test_a_lock_that_is_a_link_harms_nothing(copied: Path, tiny: TinyJobs, tmp_path: Path) -> None:
+    """Taking a lock empties its file."""
+    (tmp_path / "precious").write_text("precious")
+    for name in (".lock", ".driver.json"):
+        (copied / name).unlink(missing_ok=True)
+        (copied / name).symlink_to(tmp_path / "precious")
+        run_status(copied)
+        with suppress(EditfleetError):
+            run_batch_edit(tiny.spec(copied))
+        assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_run_behind_a_link_is_read(copied: Path, tmp_path: Path) -> None:

@@ -131,7 +131,19 @@ json_values = st.recursive(
     max_leaves=5,
 )
 fields = st.sampled_from(
-    ["name", "kind", "round", "shard", "layer", "rows", "bytes", "sha256", "withdrawn", "x"]
+    [
+        "name",
+        "kind",
+        "round",
+        "shard",
+        "layer",
+        "rows",
+        "bytes",
+        "sha256",
+        "withdrawn",
+        "failed",
+        "x",
+    ]
 )
 
 
