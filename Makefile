@@ -15,7 +15,7 @@ INSTALLED_TEST := $(VENV)/installed-test
 help:
 	@echo "make quickstart   install, then edit the embedded model and print the summary"
 	@echo "make test         install, then lint, type check and run the tests"
-	@echo "make test-slow    the tests that take minutes"
+	@echo "make test-slow    the tests that take minutes, and 30,000 cases of the fuzz tests"
 	@echo "make lint         ruff and mypy only"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make benchmarks   measure each phase (benchmarks/README.md)"
@@ -42,6 +42,7 @@ test: lint
 
 test-slow: $(INSTALLED_TEST)
 	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m fuzz --hypothesis-profile=thorough
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .

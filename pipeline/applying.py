@@ -41,14 +41,15 @@ def apply_updates(model: PreTrainedModel, run: str | Path) -> AppliedUpdates:
         ResultsDamagedError: an update file does not match the run's manifest.
     """
     opened = read(run)
-    if opened.manifest["status"] != "finished":
-        raise InputError(f"{run} is not finished (status {opened.manifest['status']!r})")
+    recorded = opened.recorded
+    if recorded.status != "finished":
+        raise InputError(f"{run} is not finished (status {recorded.status!r})")
     opened.verify()
-    found, expected = fingerprint(model), opened.manifest["model"]["fingerprint"]
+    found, expected = fingerprint(model), recorded.model.fingerprint
     if found != expected:
         raise FingerprintMismatchError(
             f"{run}: its updates were made for the model with fingerprint {expected[:12]}, this one"
-            f" has {found[:12]}; load the unedited {opened.manifest['model']['path']!r}"
+            f" has {found[:12]}; load the unedited {recorded.model.path!r}"
         )
     editable = EditableModel(model)
     updates = [read_update(path)[:2] for path in opened.updates()]
@@ -60,7 +61,12 @@ def apply_updates(model: PreTrainedModel, run: str | Path) -> AppliedUpdates:
 
 
 def _check_shapes(model: EditableModel, updates: list[tuple[int, Update]], run: str | Path) -> None:
+    num_blocks = model.num_blocks
     for layer, update in updates:
+        if layer >= num_blocks:
+            raise FingerprintMismatchError(
+                f"{run}: has an update of layer {layer}, the model has {num_blocks} blocks"
+            )
         has, wants = tuple(update.matrix().shape), tuple(model.oriented_weight(layer).shape)
         if has != wants:
             raise FingerprintMismatchError(

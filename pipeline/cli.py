@@ -1,5 +1,6 @@
 """The `editfleet` command. It decides nothing: every setting is in the job spec."""
 
+import io
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline.errors import EditfleetError, InputError
+from pipeline.printable import OneLineFormatter, one_line
 from pipeline.signals import Stopped, raising_stopped
 from pipeline.spec import JobSpec, load_spec
 
@@ -93,7 +95,7 @@ def covariance(spec: SpecPath, overrides: Overrides = None) -> None:
     for layer, count in sorted(result.tokens.items()):
         size = len(result.matrices[layer])
         console.print(f"layer {layer}: {size} x {size} from {count} tokens", highlight=False)
-    console.print(f"in {result.directory}", highlight=False, soft_wrap=True)
+    _print_line(console, f"in {result.directory}")
 
 
 @app.command()
@@ -125,12 +127,15 @@ def status(
 def export(
     run: RunPath,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the model.")],
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load the unedited weights from .bin files.")
+    ] = False,
 ) -> None:
     """Write a run's edited model with save_pretrained, from its stored updates."""
     from pipeline.exporting import export_model
 
-    export_model(run, directory)
-    typer.echo(f"edited model in {directory}")
+    export_model(run, directory, allow_pickle=allow_pickle)
+    typer.echo(one_line(f"edited model in {directory}"))
 
 
 @factworld_app.command()
@@ -150,17 +155,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     SIGINT and SIGTERM make it 130 and 143.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Where the terminal's encoding lacks a letter of a subject, it is escaped.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with raising_stopped("what was finished is kept"):
             app(args=arguments, standalone_mode=True)
     except InputError as error:
-        typer.echo(f"editfleet: {error}", err=True)
+        typer.echo(f"editfleet: {one_line(str(error))}", err=True)
         sys.exit(EXIT_INPUT)
     except EditfleetError as error:
-        typer.echo(f"editfleet: {error}", err=True)
+        typer.echo(f"editfleet: {one_line(str(error))}", err=True)
         sys.exit(EXIT_FAILED)
     except Stopped as stopped:
-        typer.echo(str(stopped), err=True)
+        typer.echo(one_line(str(stopped)), err=True)
         raise
 
 
@@ -175,12 +184,16 @@ def _edit(spec: JobSpec, how_to_resume: str) -> None:
         result = run_batch_edit(spec, console=console)
     console.print(summary_tables(result.summary))
     for line in problem_lines(read(result.path).edits().to_pylist()):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"run directory: {result.path}", highlight=False, soft_wrap=True)
+        _print_line(console, line)
+    _print_line(console, f"run directory: {result.path}")
     if result.counts["failed"]:
         raise typer.Exit(EXIT_FAILED)
     if result.counts["rejected"] or result.counts["conflict"]:
         raise typer.Exit(EXIT_INPUT)
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _console() -> Console:
@@ -190,9 +203,12 @@ def _console() -> Console:
     console = Console()
     if console.is_terminal:
         handler: logging.Handler = RichHandler(console=console, show_path=False)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+        handler.setFormatter(OneLineFormatter("%(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
     else:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         for noisy in ("httpx", "urllib3", "filelock", "datasets"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
     return console

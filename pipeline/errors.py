@@ -27,3 +27,16 @@ class WeightVersionMismatchError(EditfleetError):
 
 class JobFailedError(EditfleetError):
     """The job cannot go on: retries are used up, or a worker cannot start."""
+
+
+class DivergedError(JobFailedError):
+    """The edits ruin the model; the job stops before it writes one.
+
+    Args:
+        message: what was found, in one line.
+        case_ids: the requests at which it was found, where it is not the whole batch.
+    """
+
+    def __init__(self, message: str, case_ids: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.case_ids = case_ids

@@ -1,9 +1,12 @@
 """The model card of an edited model."""
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from pipeline.printable import one_line
+from pipeline.results.recorded import RecordedRun
+from pipeline.spec import JobSpec
 
 _BODY = """---
 {data}
@@ -23,31 +26,32 @@ neighbourhood success tell how far edits carry and what they cost elsewhere.
 """
 
 
-def write_model_card(directory: Path, manifest: dict[str, Any], applied: int) -> None:
+def write_model_card(directory: Path, spec: JobSpec, run: RecordedRun, applied: int) -> None:
     """Write README.md with a model card beside an edited model.
 
     Args:
         directory: the saved model.
-        manifest: the run's manifest.
+        spec: the run's spec.
+        run: what its manifest says.
         applied: how many facts were rewritten.
     """
-    spec, model = manifest["spec"], manifest["model"]
-    method = spec["method"]
+    method, base = spec.method, one_line(run.model.path)
     data = ModelCardData(
-        tags=["knowledge-editing", method["name"]],
-        base_model=model["path"] if "/" in model["path"] else None,
+        tags=["knowledge-editing", method.name],
+        base_model=base if "/" in base else None,
         library_name="transformers",
     )
+    value = method.value.model_dump()
     content = _BODY.format(
         data=data.to_yaml().strip(),
-        base=model["path"],
+        base=base,
         applied=applied,
-        method=method["name"].upper(),
-        layers=", ".join(map(str, method["layers"])),
-        version=manifest["versions"]["editfleet"] or "(from source)",
-        revision=f" at revision `{model['revision']}`" if model["revision"] else "",
-        fingerprint=model["fingerprint"],
-        covariance_weight=method["covariance_weight"],
-        value=", ".join(f"{k} {v}" for k, v in method["value"].items() if v is not None),
+        method=method.name.upper(),
+        layers=", ".join(map(str, method.layers or ())),
+        version=run.versions.get("editfleet") or "(from source)",
+        revision=f" at revision `{one_line(run.model.revision)}`" if run.model.revision else "",
+        fingerprint=run.model.fingerprint,
+        covariance_weight=method.covariance_weight,
+        value=", ".join(f"{k} {v}" for k, v in value.items() if v is not None),
     )
     ModelCard(content).save(directory / "README.md")

@@ -3,19 +3,18 @@
 import difflib
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import InputError
+from pipeline.setting_types import Finite, NonNegative, Place, Positive, Seed, Text, Threads
+from pipeline.yaml_text import parse_yaml, read_yaml
 
 Probe = Literal["rewrite", "paraphrase", "neighborhood", "locality", "portability"]
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 _LONGEST_SHOWN = 200
 
@@ -29,25 +28,23 @@ class _Part(BaseModel):
 class ModelSpec(_Part):
     """The model to edit."""
 
-    path: str = "factworld"
+    path: Place = "factworld"
     """Local directory or Hugging Face hub id; `factworld` is the small model inside the package."""
     dtype: DataType = "auto"
     """Type of the weights while computing; `auto` takes the checkpoint's (float32 where a processor
     would have to compute in float16). Edited weights always keep a float32 master."""
-    revision: str | None = None
+    revision: Place | None = None
     """Hub revision (branch, tag or commit)."""
-    trust_remote_code: bool = False
-    """Run Python code that the model's repository brings."""
     allow_pickle: bool = False
-    """Load weights from pickled .bin files, which can run code; off means safetensors only."""
+    """Load weights from pickled .bin files where there are no safetensors."""
 
 
 class RequestsSpec(_Part):
     """The edit requests to read."""
 
-    path: str = "factworld"
+    path: Place = "factworld"
     """File, directory or data set name; `factworld` generates requests for the embedded model."""
-    format: str = "auto"
+    format: Text = "auto"
     """counterfact, zsre, easyedit, jsonl, parquet, dataset, or auto."""
     limit: Positive | None = None
     """Read at most this many records."""
@@ -91,7 +88,11 @@ class MethodSpec(_Part):
     """Blocks whose MLP down-projection is edited, ascending."""
     covariance_weight: Annotated[Finite, Field(gt=0)] | None = None
     """Lambda in (lambda C + K K^T): how strongly old keys are protected."""
-    contexts: tuple[str, ...] | None = None
+    max_drift: Annotated[Finite, Field(gt=0)] = 2.0
+    """The job has diverged when an update moves a layer's output at ordinary tokens by more than
+    this many times a hidden state's length. Sound batches stay below 0.5, and ten times too many
+    edits at about that."""
+    contexts: tuple[Text, ...] | None = None
     """Context templates with one {} each; the first one alone in its group. Null generates them
     from the model with `seed`."""
     value: ValueSpec = ValueSpec()
@@ -112,17 +113,17 @@ class MethodSpec(_Part):
 class CovarianceSpec(_Part):
     """The uncentred covariance of keys, C = mean of k k^T over the tokens of a corpus."""
 
-    corpus: str | None = None
+    corpus: Place | None = None
     """Text file (one text a line), .json list, .jsonl, .parquet, a Hugging Face data set, or
     `factworld`."""
-    field: str = "text"
+    field: Text = "text"
     """Column with the text, where the corpus has columns."""
     samples: Positive | Literal["auto"] | None = None
     """Texts to use, drawn by `seed`; `auto` takes about 10 tokens for every entry of a key, null
     the model's published default, or all."""
     max_tokens: Positive | None = None
     """Cut every text to this many tokens; null cuts at the model's context."""
-    path: str | None = None
+    path: Place | None = None
     """Directory to keep covariances in, or one with the .npz files of the public MEMIT code; null
     is editfleet/covariance in the user's cache directory."""
 
@@ -132,16 +133,16 @@ class ClusterSpec(_Part):
 
     engine: Literal["ray", "in_process"] = "ray"
     """`in_process` runs one worker inside the driver, without Ray."""
-    address: str | None = None
+    address: Place | None = None
     """Null starts Ray on this machine, or joins the cluster that RAY_ADDRESS names (as in a
     submitted job); `auto` or an address joins a running cluster."""
     workers: Positive | Literal["auto"] = "auto"
     """Worker actors; `auto` takes as many as the cluster's processors (or GPUs) allow."""
-    cpus_per_worker: Positive = 1
+    cpus_per_worker: Threads = 1
     """Processors, and so compute threads, a worker has."""
     gpus_per_worker: Annotated[Finite, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs a worker has; `auto` is 1 where the cluster has GPUs, else 0."""
-    reducer_threads: Positive = 2
+    reducer_threads: Threads = 2
     """Compute threads of the reducer. Part of the result's last bits, so it is not guessed."""
     shard_size: Positive | Literal["auto"] = "auto"
     """Requests a shard; `auto` makes about 64 shards of 16 to 256 requests. Part of the result's
@@ -178,16 +179,21 @@ class EvaluationSpec(_Part):
 class OutputSpec(_Part):
     """What to leave behind."""
 
-    path: str | None = None
+    path: Place | None = None
     """The run directory; null is runs/<name>."""
     save_model: bool = False
     """Write the edited model to model/ in the run directory."""
+    on_divergence: Literal["stop", "keep"] = "stop"
+    """What to do when the edits ruin the model (see `method.max_drift` and docs/design.md): stop
+    before it is written, or keep it with a warning. Numbers that are not finite always stop."""
 
 
 class JobSpec(_Part):
     """Everything that defines one editing job."""
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.\-]+$")] = "edit"
+    name: Annotated[
+        str, Field(min_length=1, pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=60)
+    ] = "edit"
     """Name of the job; letters, digits, dot, dash and underscore."""
     model: ModelSpec = ModelSpec()
     requests: RequestsSpec = RequestsSpec()
@@ -196,7 +202,7 @@ class JobSpec(_Part):
     cluster: ClusterSpec = ClusterSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     output: OutputSpec = OutputSpec()
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn: generated contexts, the covariance's texts."""
 
     @property
@@ -244,8 +250,10 @@ _FREE = frozenset(
         "cluster.max_retries",
         "cluster.stall_seconds",
         "cluster.call_timeout_seconds",
+        "method.max_drift",
         "output.path",
         "output.save_model",
+        "output.on_divergence",
     }
 )
 
@@ -273,20 +281,6 @@ def parse_spec(content: Any, source: str) -> JobSpec:
         raise InputError(_explain(error, source)) from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping (InputError otherwise)."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the spec: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise InputError(f"{path}: not valid YAML: {where}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a spec is a mapping of settings, got {type(content).__name__}")
-    return content
-
-
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in content.items():
@@ -303,17 +297,19 @@ def _shown(value: Any) -> str:
 def _override(content: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
-        raise InputError(f"--set {override!r}: write it as field.path=value")
+        raise InputError(f"--set {override!r:.200}: write it as field.path=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
+        value = parse_yaml(text)
+    except InputError as error:
+        raise InputError(f"--set {override!r:.200}: the value is {error}") from error
     *parents, leaf = name.strip().split(".")
     place = content
     for parent in parents:
         below = place.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise InputError(f"--set {override!r}: {parent} is a value, not a group of settings")
+            raise InputError(
+                f"--set {override!r:.200}: {parent} is a value, not a group of settings"
+            )
         place = below
     place[leaf] = value
 
@@ -326,7 +322,7 @@ def _explain(error: ValidationError, source: str) -> str:
     if first["type"] == "extra_forbidden":
         message = f"unknown setting{_did_you_mean(first['loc'])}"
     elif first["type"] != "value_error":
-        message = f"{message}, got {first['input']!r:.80}"
+        message = f"{message}, got {reprlib.repr(first['input']):.80}"
     more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{source}: {where}: {message}{more}"
 

@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Before the libraries that read it are imported: no test has anything to fetch.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import tests.fuzzing  # noqa: F401 - registers its profile before hypothesis looks for it
+
 if TYPE_CHECKING:
     from tests.tiny_jobs import TinyJobs
 

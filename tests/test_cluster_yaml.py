@@ -47,6 +47,28 @@ def test_nothing_is_reachable_from_outside(cluster: dict[str, Any]) -> None:
     assert cluster["provider"]["use_internal_ips"] is True
     (head_start,) = [line for line in cluster["head_start_ray_commands"] if "--head" in line]
     assert "--dashboard-host=127.0.0.1" in head_start
+    starts = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
+    assert not [line for line in starts if "0.0.0.0" in line or "::" in line]
+    for node in cluster["available_node_types"].values():
+        interfaces = node["node_config"].get("NetworkInterfaces", [])
+        assert not [one for one in interfaces if one.get("AssociatePublicIpAddress")]
+    assert "IpPermissions" not in cluster["provider"].get("security_group", {})
+
+
+def test_no_command_turns_authentication_off(cluster: dict[str, Any]) -> None:
+    text = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"RAY_AUTH_MODE=(\w+)", text)) == {"token"}
+    options = " ".join(cluster["docker"]["run_options"])
+    assert "-p " not in options and "--publish" not in options and "--network" not in options
+    mounted = cluster["file_mounts"]["/home/ray/.ray/auth_token"]
+    assert mounted.startswith("~"), "the token is in the user's home and not in the repository"
+
+
+def test_nothing_of_ours_listens() -> None:
+    sources = [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]
+    words = (".listen(", ".bind((", "socketserver", "http.server", "uvicorn", "create_server")
+    assert len(sources) > 50
+    assert not [path for path in sources for word in words if word in path.read_text()]
 
 
 def test_the_setup_installs_the_mounted_repository(cluster: dict[str, Any]) -> None:

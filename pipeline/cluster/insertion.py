@@ -5,16 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from pipeline.cluster.covariance import Covariances
+from pipeline.cluster.divergence import stop_or_warn
 from pipeline.cluster.engine import WorkerLostError
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.scheduler import Scheduler, Shard
 from pipeline.cluster.worker import WorkerDescription
-from pipeline.editing.update import Update
-from pipeline.errors import JobFailedError
+from pipeline.editing.update import Update, output_change
+from pipeline.errors import DivergedError, JobFailedError
 from pipeline.results.store import RunStore
 from pipeline.results.updates import read_update, write_update
 from pipeline.spec import JobSpec
@@ -37,11 +39,13 @@ def insert(
 
     Raises:
         JobFailedError: a layer's equations cannot be solved, or the reducer keeps dying.
+        DivergedError: an update would ruin the model; it reached no weight and no file.
     """
     layers = spec.method.layers
     assert layers is not None
     stored = stored_updates(store)
     values = _read_values(store) if covariances is not None else {}
+    hidden_norm = pc.mean(store.read_parts("values", round=0)["initial_norm"]).as_py()
     edits = sum(len(shard.items) for shard in shards)
     with progress.phase("insertion", len(layers) * edits, len(stored) * edits) as ticker:
         for layer in layers:
@@ -50,7 +54,7 @@ def insert(
                 continue
             assert covariances is not None
             update = _solve_layer(spec, scheduler, shards, values, covariances, layer)
-            _check(update, layer)
+            _check(spec, update, covariances.matrices[layer], hidden_norm, layer)
             write_update(
                 store,
                 round=0,
@@ -133,14 +137,26 @@ def _read_values(store: RunStore) -> dict[str, Tensor]:
     return dict(zip(table["case_id"].to_pylist(), matrix, strict=True))
 
 
-def _check(update: Update, layer: int) -> None:
-    """Refuse a ruined update before it reaches a weight, and report a ridge."""
+def _check(
+    spec: JobSpec, update: Update, covariance_FF: Tensor, hidden_norm: float, layer: int
+) -> None:
+    """Refuse an update that ruins the model before it reaches a weight, and report a ridge."""
     if not all(bool(torch.isfinite(part).all()) for part in update.parts.values()):
-        raise JobFailedError(f"layer {layer}: the update holds infinities or NaNs")
+        raise DivergedError(f"layer {layer}: the update holds infinities or NaNs")
     if update.ridge:
         log.warning(
             "layer %d: the normal equations were singular; a ridge of %.3g was added. More"
             " covariance samples would avoid it",
             layer,
             update.ridge,
+        )
+    drift = output_change(update, covariance_FF) / hidden_norm
+    log.info("layer %d: ordinary tokens drift by %.3g of a hidden state", layer, drift)
+    # Written so that a drift that is not a number is caught too.
+    if not drift <= spec.method.max_drift:
+        stop_or_warn(
+            spec,
+            f"layer {layer}: the update moves ordinary tokens by {drift:.3g} times a hidden state,"
+            f" more than method.max_drift {spec.method.max_drift:g}; raise"
+            " method.covariance_weight, or edit fewer facts at once",
         )

@@ -1,5 +1,7 @@
 """From the outcome of a shard to the rows of its part, and to the requests that have none."""
 
+import functools
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -30,7 +32,8 @@ def finite_values(outcome: Outcome) -> tuple[pa.Table, dict[str, str]]:
     """The values that are finite, and case_id -> reason of the requests that have none."""
     failed = {request.case_id: reason for request, reason in outcome.failures}
     rows = rows_of("values", outcome)
-    is_finite = pc.is_finite(rows["loss"])
+    measures = ("loss", "initial_norm", "delta_norm")
+    is_finite = functools.reduce(pc.and_, (pc.is_finite(rows[name]) for name in measures))
     infinite = rows.filter(pc.invert(is_finite))["case_id"].to_pylist()
     reason = "the value search ran into an infinity or NaN"
     return rows.filter(is_finite), failed | dict.fromkeys(infinite, reason)

@@ -7,7 +7,7 @@ on how many workers there are.
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from pipeline.evaluation.probes import probes_of
 from pipeline.methods import resolve_settings
 from pipeline.models.loading import load_config, load_tokenizer, resolve_path
 from pipeline.prompts import CONTEXT_TOKENS
-from pipeline.requests import EditRequest, RequestRow, resolve_conflicts
+from pipeline.requests import EditRequest, RequestRow, quote, resolve_conflicts
 from pipeline.sources import read_requests
 from pipeline.spec import JobSpec
 
@@ -92,6 +92,7 @@ def make_plan(spec: JobSpec, requests: Sequence[EditRequest] | None = None) -> P
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None:
         rows = [_within_context(row, tokenizer, int(limit), spec) for row in rows]
+    rows = _without_unknown(rows, tokenizer)
     accepted = [row.request for row in rows if row.request is not None]
     if not accepted:
         raise InputError(
@@ -192,6 +193,43 @@ def _within_context(
             reason = (
                 f"{row.source}: row {row.row}, field {field}: about {tokens} tokens with"
                 f" context and target, the model takes {limit}; shorten it"
+            )
+            return replace(row, request=None, status="rejected", reason=reason)
+    return row
+
+
+def _without_unknown(
+    rows: list[RequestRow], tokenizer: PreTrainedTokenizerBase
+) -> list[RequestRow]:
+    """Reject requests whose subject or target has a part that the tokenizer has no token for.
+
+    All such texts share one token: the edit would be one of every unknown subject, or would teach
+    the model to say that token.
+    """
+    unknown = tokenizer.unk_token_id
+    texts = {
+        name: [getattr(row.request, name) for row in rows if row.request is not None]
+        for name in ("subject", "target_new")
+    }
+    if unknown is None or not texts["subject"]:
+        return rows
+    found = {
+        name: iter(tokenizer(found, add_special_tokens=False)["input_ids"])
+        for name, found in texts.items()
+    }
+    return [_known(row, found, tokenizer) if row.request is not None else row for row in rows]
+
+
+def _known(
+    row: RequestRow, found: dict[str, Iterator[list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> RequestRow:
+    tokens = {name: next(ids) for name, ids in found.items()}
+    for name, ids in tokens.items():
+        if tokenizer.unk_token_id in ids:
+            reason = (
+                f"{row.source}: row {row.row}, field {name}: this model's tokenizer has no token"
+                f" but {tokenizer.unk_token} for a part of {quote(str(row.fields[name]))}; write it"
+                " in other letters"
             )
             return replace(row, request=None, status="rejected", reason=reason)
     return row

@@ -16,7 +16,9 @@ from pipeline.cluster.worker import WorkerDescription
 from pipeline.evaluation.metrics import summarise
 from pipeline.model_card import write_model_card
 from pipeline.requests import RequestRow
-from pipeline.results.store import RunStore
+from pipeline.results.recorded import RecordedRun, check_recorded
+from pipeline.results.store import MANIFEST, RunStore
+from pipeline.spec import parse_spec
 
 log = logging.getLogger(__name__)
 
@@ -110,16 +112,22 @@ def package_versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **packages}
 
 
-def edit_rows(rows: list[RequestRow], failures: dict[str, str], round: int) -> list[dict[str, Any]]:
-    """One row of edits/ for every request that was read."""
-    return [_edit_row(row, failures, round) for row in rows]
+def edit_rows(
+    rows: list[RequestRow], failures: dict[str, str], notes: dict[str, str], round: int
+) -> list[dict[str, Any]]:
+    """One row of edits/ for every request that was read; `notes` are reasons of applied ones."""
+    return [_edit_row(row, failures, notes, round) for row in rows]
 
 
 def finish_run(
-    store: RunStore, progress: PhaseProgress, memory: list[dict[str, int]]
+    store: RunStore,
+    progress: PhaseProgress,
+    memory: list[dict[str, int]],
+    status: str = "finished",
 ) -> dict[str, Any]:
     """Write summary.json, close the manifest, and return the summary."""
-    statuses = Counter(store.read_parts("edits")["status"].to_pylist())
+    edits = store.read_parts("edits")
+    statuses = Counter(edits["status"].to_pylist())
     seconds = _rounded(progress.seconds)
     summary = {
         "name": store.manifest["name"],
@@ -127,6 +135,12 @@ def finish_run(
             status: statuses.get(status, 0)
             for status in ("applied", "rejected", "conflict", "failed")
         },
+        "not_taken": sum(
+            status == "applied" and reason != ""
+            for status, reason in zip(
+                edits["status"].to_pylist(), edits["reason"].to_pylist(), strict=True
+            )
+        ),
         "evaluation": summarise(store.read_parts("metrics")),
         "seconds": seconds,
     }
@@ -135,7 +149,7 @@ def finish_run(
     for part in store.parts():
         sizes[part.kind] += part.bytes
     store.update_manifest(
-        status="finished",
+        status=status,
         finished=_now(),
         seconds=seconds,
         bytes=dict(sizes),
@@ -150,16 +164,20 @@ def save_edited_model(store: RunStore, scheduler: Scheduler, applied: int) -> No
     shutil.rmtree(final, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
     scheduler.call("save_model", str(temporary.resolve()), version=scheduler.version)
-    write_model_card(temporary, store.manifest, applied)
+    recorded = check_recorded(store.manifest, RecordedRun, store.path / MANIFEST)
+    spec = parse_spec(recorded.spec, f"{store.path / MANIFEST}: spec")
+    write_model_card(temporary, spec, recorded, applied)
     temporary.rename(final)
 
 
-def _edit_row(row: RequestRow, failures: dict[str, str], round: int) -> dict[str, Any]:
+def _edit_row(
+    row: RequestRow, failures: dict[str, str], notes: dict[str, str], round: int
+) -> dict[str, Any]:
     case_id = row.fields["case_id"]
     assert case_id is not None
     if row.status == "accepted":
-        reason = failures.get(case_id, "")
-        status = "failed" if reason else "applied"
+        status = "failed" if case_id in failures else "applied"
+        reason = failures.get(case_id) or notes.get(case_id, "")
     else:
         status, reason = row.status, row.reason
     return {"round": round, **row.fields, "status": status, "reason": reason}

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.cluster.covariance import Covariances, ensure_covariances
+from pipeline.cluster.divergence import find_ruin, not_taken, stop_or_warn
 from pipeline.cluster.engine import Engine, InProcessEngine
 from pipeline.cluster.insertion import insert, stored_updates
 from pipeline.cluster.outcomes import (
@@ -46,7 +47,7 @@ from pipeline.cluster.resume import (
 )
 from pipeline.cluster.scheduler import Scheduler, Shard
 from pipeline.cluster.worker import WorkerDescription
-from pipeline.errors import JobFailedError
+from pipeline.errors import DivergedError, JobFailedError
 from pipeline.requests import EditRequest
 from pipeline.results.lock import held
 from pipeline.results.manifest import read_begun
@@ -193,19 +194,44 @@ class _Batch:
             self._evaluate(store, "baseline", BASELINE_ROUND)
         self._values(store)
         live = self._live_shards(store)
-        insert(self.plan.spec, self.scheduler, store, live, covariances, worker, self.progress)
+        try:
+            insert(self.plan.spec, self.scheduler, store, live, covariances, worker, self.progress)
+        except DivergedError as error:
+            self._blame(store, live, error)
+            raise
         self._evaluate(store, "evaluation", ROUND)
+        metrics = store.read_parts("metrics")
+        self._write_edits(store, not_taken(metrics, ROUND))
+        return self._finish(store, find_ruin(metrics, BASELINE_ROUND, ROUND))
+
+    def _write_edits(self, store: RunStore, notes: dict[str, str]) -> None:
+        """Write the row of every request that was read; `notes` are reasons of applied ones."""
         store.write_part(
             "edits",
-            edit_rows(self.plan.rows, self.failures, ROUND),
+            edit_rows(self.plan.rows, self.failures, notes, ROUND),
             round=ROUND,
             shard=0,
             weight_version=self.scheduler.version,
         )
-        if self.plan.spec.output.save_model:
+
+    def _blame(self, store: RunStore, live: list[Shard], error: DivergedError) -> None:
+        """Report a batch that diverged during the insertion, for every request of it."""
+        for request in (request for shard in live for request in shard.items):
+            is_cause = request.case_id in error.case_ids
+            what = "its key or residual is not finite" if is_cause else "the batch diverged"
+            self.failures[request.case_id] = f"{what}: {error}"
+        self._write_edits(store, {})
+
+    def _finish(self, store: RunStore, ruin: str | None) -> RunResult:
+        """Write what is left to write; a ruined model is not."""
+        spec, memory = self.plan.spec, self.scheduler.broadcast("peak_memory")
+        if ruin is not None:
+            if spec.output.on_divergence == "stop":
+                finish_run(store, self.progress, memory, status="failed")
+            stop_or_warn(spec, ruin)
+        if spec.output.save_model:
             applied = self.plan.num_requests - len(self.failures)
             save_edited_model(store, self.scheduler, applied)
-        memory = self.scheduler.broadcast("peak_memory")
         return RunResult(store.path, finish_run(store, self.progress, memory))
 
     def _covariances(self, worker: WorkerDescription) -> Covariances | None:

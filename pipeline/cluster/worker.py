@@ -18,7 +18,7 @@ from pipeline.editing.covariance import GramSums, gram_sums
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.update import EditedWeights, Update
 from pipeline.editing.values import FoundValue
-from pipeline.errors import WeightVersionMismatchError
+from pipeline.errors import DivergedError, WeightVersionMismatchError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.probes import Probe
@@ -32,7 +32,7 @@ from pipeline.models.loading import (
     load_tokenizer,
 )
 from pipeline.prompts import generate_contexts, tokenize_edits
-from pipeline.requests import EditRequest
+from pipeline.requests import EditRequest, quote
 from pipeline.results.schemas import conform
 from pipeline.spec import JobSpec
 
@@ -142,10 +142,15 @@ class EditWorker:
 
         Returns:
             How many edits, and (keys (N, F), residuals (N, D)), float32 or wider, on the CPU.
+
+        Raises:
+            DivergedError: some are not finite; all were when the values were searched, so the
+                updates of the layers before have ruined the model.
         """
         self._require(version)
         wave = self._wave(shard, requests)
         keys, residuals = self.method.keys_and_residuals(wave, layer, values_ND)
+        _require_finite(requests, keys, residuals, layer)
         if layer == self.method.layers[-1]:
             del self._waves[shard]
         wide = torch.promote_types(keys.dtype, torch.float32)
@@ -221,6 +226,19 @@ class EditWorker:
             raise WeightVersionMismatchError(
                 f"this worker holds {self.weights.version} updates, {version} are expected"
             )
+
+
+def _require_finite(
+    requests: Sequence[EditRequest], keys: Tensor, residuals: Tensor, layer: int
+) -> None:
+    finite = torch.isfinite(keys).all(dim=1) & torch.isfinite(residuals).all(dim=1)
+    ruined = [r.case_id for r, fine in zip(requests, finite.tolist(), strict=True) if not fine]
+    if ruined:
+        raise DivergedError(
+            f"layer {layer}: the keys or residuals of {len(ruined)} requests hold infinities or"
+            f" NaNs, the first of them {quote(ruined[0])}",
+            tuple(ruined),
+        )
 
 
 def _value_row(

@@ -99,13 +99,18 @@ def update_factors(keys_NF: Tensor, residuals_ND: Tensor, factor: Factor) -> tup
         (D, N) and (N, F) float64; their product is the update.
 
     Raises:
-        ValueError: keys or residuals hold infinities or NaNs.
+        ValueError: keys or residuals hold infinities or NaNs, or lambda C is too small beside the
+            keys for float64.
     """
     _require_finite(keys_NF, residuals_ND)
     whitened_FN = factor.solve(keys_NF.T)
     small_NN = keys_NF @ whitened_FN
     small_NN.diagonal().add_(1.0)
-    lower = torch.linalg.cholesky(small_NN)
+    lower, info = torch.linalg.cholesky_ex(small_NN)
+    if int(info):
+        raise ValueError(
+            "the normal equations are not positive definite; raise method.covariance_weight"
+        )
     return torch.cholesky_solve(residuals_ND, lower).T, whitened_FN.T
 
 

@@ -13,7 +13,8 @@ import yaml
 
 from pipeline.editing.values import ValueSettings
 from pipeline.errors import InputError
-from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec, read_yaml
+from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec
+from pipeline.yaml_text import read_yaml
 
 EDITING_FILE = "editing.yaml"
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -39,16 +40,26 @@ def load_config(spec: ModelSpec) -> Any:
         InputError: there is no such model, or it needs code that the spec does not allow.
         ModelNotSupportedError: its architecture is not covered.
     """
-    try:
+    with _loading(repr(spec.path)):
         config = AutoConfig.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.path: cannot load {spec.path!r}: {_first_line(error)}") from error
     family_named(config.model_type)
+    _refuse_kernels(config, spec)
     return config
+
+
+def _refuse_kernels(config: Any, spec: ModelSpec) -> None:
+    """Refuse a model that names an attention kernel on the hub: loading it would run that code."""
+    for part in (config, config.get_text_config()):
+        kernel = getattr(part, "_attn_implementation", None)
+        if kernel is not None and "/" in str(kernel):
+            raise InputError(
+                f"model.path: {spec.path!r} asks for {kernel!r}, a kernel of its own, which would"
+                " run its code; take attn_implementation out of its config.json"
+            )
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -57,22 +68,20 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is no tokenizer, or it is a slow one without offsets.
     """
-    try:
+    with _loading(f"the tokenizer of {spec.path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"model.path: cannot load the tokenizer of {spec.path!r}: {_first_line(error)}"
-        ) from error
+        # A damaged one may load and fail at its first text.
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     if not tokenizer.is_fast:
         raise InputError(
             f"model.path: the tokenizer of {spec.path!r} gives no character offsets, which finding"
             " the subject's last token needs; convert it to a fast tokenizer (tokenizer.json)"
         )
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if not ids:
         # transformers makes an empty one where a directory has none.
         raise InputError(
             f"model.path: cannot load the tokenizer of {spec.path!r}: it has no vocabulary; put"
@@ -91,21 +100,19 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     """
     config = load_config(spec)
     transformers_logging.disable_progress_bar()
-    try:
+    hint = "" if spec.allow_pickle else " (weights load from safetensors only)"
+    with _loading(f"{spec.path!r}{hint}"):
         result: Any = AutoModelForCausalLM.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=False,
             dtype=_DTYPES.get(spec.dtype, "auto"),
             use_safetensors=None if spec.allow_pickle else True,
+            # Pickled weights are read by torch's own reader, which makes tensors and nothing else.
+            weights_only=True,
             attn_implementation=attention_implementation(config),
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        hint = "" if spec.allow_pickle else " (weights load from safetensors only)"
-        raise InputError(
-            f"model.path: cannot load {spec.path!r}{hint}: {_first_line(error)}"
-        ) from error
     model: PreTrainedModel = result[0]
     missing = result[1]["missing_keys"]
     if missing:
@@ -162,6 +169,20 @@ def fingerprint(model: PreTrainedModel) -> str:
 def display_name(spec: ModelSpec) -> str:
     """The model's name for tables and cards: the last part of its path or hub id."""
     return spec.path if "/" not in spec.path else Path(spec.path).name
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Turn what transformers raises for a model's files into an `InputError`.
+
+    Its exceptions have no base in common: a file from anyone can make it raise any.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"model.path: cannot load {what}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

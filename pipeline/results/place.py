@@ -14,7 +14,10 @@ _LEFT_BY_A_START = {f".{MANIFEST}.tmp", f".{OWNER}.tmp", LOCK, OWNER}
 
 def is_run(path: Path) -> bool:
     """Whether a run has begun in a directory."""
-    return (path / MANIFEST).is_file()
+    try:
+        return (path / MANIFEST).is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def require_fresh(path: Path) -> None:

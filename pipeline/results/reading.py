@@ -10,8 +10,9 @@ import pyarrow.dataset as ds
 
 from pipeline.errors import InputError
 from pipeline.results.listing import Kind, TableKind
+from pipeline.results.recorded import RecordedRun, check_recorded
 from pipeline.results.schemas import SCHEMAS
-from pipeline.results.store import RunStore
+from pipeline.results.store import MANIFEST, RunStore
 
 Frame = Literal["arrow", "polars", "pandas"]
 
@@ -62,6 +63,15 @@ class Run:
             ) from error
         return summary
 
+    @property
+    def recorded(self) -> RecordedRun:
+        """The entries of `manifest.json` that applying and exporting need, checked.
+
+        Raises:
+            ResultsDamagedError: one is missing or another.
+        """
+        return check_recorded(self.manifest, RecordedRun, self.path / MANIFEST)
+
     def edits(self, as_: Frame = "arrow") -> Any:
         """Return one row a request, as a `pyarrow.Table`, Polars or pandas data frame."""
         return self._table("edits", as_)
@@ -89,8 +99,12 @@ class Run:
         )
 
     def files(self, kind: Kind, round: int | None = None) -> list[Path]:
-        """Return the listed files of a kind, in order of round, then shard or layer."""
-        return [self.path / part.name for part in self._store.parts(kind, round)]
+        """Return the listed files of a kind, in order of round, then shard or layer.
+
+        Raises:
+            ResultsDamagedError: a link leads out of the run directory.
+        """
+        return [self._store.path_of(part) for part in self._store.parts(kind, round)]
 
     def updates(self, round: int | None = None) -> list[Path]:
         """Return the update files (safetensors), in the order in which they were applied."""

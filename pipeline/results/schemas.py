@@ -117,6 +117,25 @@ def conform(kind: str, rows: pa.Table | list[dict[str, Any]]) -> pa.Table:
     return table
 
 
+def check_schema(kind: str, table: pa.Table) -> None:
+    """Check a stored table: every column that is required, of its type, without nulls, in UTF-8.
+
+    Raises:
+        TypeError: a column is missing, of another type, or null where it may not be.
+        pa.ArrowException: the content is not what its type says.
+    """
+    table.validate(full=True)
+    for field in SCHEMAS[kind]:
+        if field.name in table.column_names:
+            column = table[field.name]
+            if column.type != field.type:
+                raise TypeError(f"column {field.name} is {column.type}, expected {field.type}")
+            if column.null_count and not field.nullable:
+                raise TypeError(f"column {field.name} has {column.null_count} nulls")
+        elif not field.nullable:
+            raise TypeError(f"has no column {field.name}")
+
+
 def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
     if field.name not in table.column_names:
         return pa.chunked_array([pa.nulls(table.num_rows, field.type)])

@@ -24,7 +24,8 @@ from pipeline.results.listing import (
     table_part_name,
     update_name,
 )
-from pipeline.results.place import LISTING, MANIFEST, require_fresh
+from pipeline.results.parts import count_rows, read_table, require_inside
+from pipeline.results.place import LISTING, MANIFEST, is_run, require_fresh
 from pipeline.results.schemas import SCHEMA_VERSION, SCHEMAS, conform
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class RunStore:
             ResultsDamagedError: a manifest is damaged.
         """
         path = Path(path)
-        if not (path / MANIFEST).is_file():
+        if not is_run(path):
             raise InputError(f"{path} is not a run directory: it has no {MANIFEST}")
         manifest = _read_json(path / MANIFEST)
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None
@@ -184,7 +185,7 @@ class RunStore:
         if listed is not None:
             # Else a crash right after the rename would leave the new file under the old hash.
             self.withdraw(listed)
-        write_atomically(self.path / part.name, data)
+        write_atomically(self.path_of(part), data)
         append_line(self.path / LISTING, part)
         self._parts[part.name] = part
         return part.name
@@ -223,7 +224,10 @@ class RunStore:
         tables = [SCHEMAS[kind].empty_table()]
         for part in self.parts(kind, round):
             self._check(part)
-            tables.append(pq.read_table(self.path / part.name, partitioning=None))
+            try:
+                tables.append(read_table(kind, self.path_of(part)))
+            except ValueError as error:
+                raise _damaged(self.path / part.name, str(error)) from error
         return pa.concat_tables(tables, promote_options="default")
 
     def verify(self) -> None:
@@ -245,8 +249,20 @@ class RunStore:
                 found.append((part, error))
         return found
 
-    def _check(self, part: Part) -> None:
+    def path_of(self, part: Part) -> Path:
+        """The file of a part.
+
+        Raises:
+            ResultsDamagedError: a link in its place leads out of the run directory.
+        """
         path = self.path / part.name
+        try:
+            return require_inside(path, self.path)
+        except ValueError as error:
+            raise _damaged(path, str(error)) from error
+
+    def _check(self, part: Part) -> None:
+        path = self.path_of(part)
         if not path.is_file():
             raise _damaged(path, "is missing")
         if (size := path.stat().st_size) != part.bytes:
@@ -255,7 +271,11 @@ class RunStore:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != part.sha256:
             raise _damaged(path, f"has SHA-256 {digest}, expected {part.sha256}")
-        if part.rows is not None and (rows := pq.read_metadata(path).num_rows) != part.rows:
+        try:
+            rows = None if part.rows is None else count_rows(path)
+        except ValueError as error:
+            raise _damaged(path, str(error)) from error
+        if rows != part.rows:
             raise _damaged(path, f"has {rows} rows, its line in {LISTING} says {part.rows}")
 
 

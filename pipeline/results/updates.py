@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pipeline.editing.update import Update
 from pipeline.errors import ResultsDamagedError
@@ -48,6 +49,20 @@ def read_update(path: Path) -> tuple[int, Update, dict[str, str]]:
     named = {name.removeprefix(f"{weight}."): tensor for name, tensor in parts.items()}
     if set(named) not in ({"dense"}, {"left", "right"}):
         raise ResultsDamagedError(f"{path} holds unexpected tensors: {', '.join(sorted(parts))}")
-    if any(tensor.dtype != torch.float32 for tensor in named.values()):
-        raise ResultsDamagedError(f"{path} holds tensors that are not float32")
+    if problem := _problem(named, layer):
+        raise ResultsDamagedError(f"{path} {problem}")
     return layer, Update(named), metadata
+
+
+def _problem(parts: dict[str, Tensor], layer: int) -> str | None:
+    """Say what keeps tensors from being an update."""
+    if any(tensor.dtype != torch.float32 for tensor in parts.values()):
+        return "holds tensors that are not float32"
+    shapes = [tuple(tensor.shape) for tensor in parts.values()]
+    if any(len(shape) != 2 for shape in shapes) or (
+        "left" in parts and parts["left"].shape[1] != parts["right"].shape[0]
+    ):
+        return f"holds tensors of shape {shapes}, which make no matrix"
+    if not all(bool(tensor.isfinite().all()) for tensor in parts.values()):
+        return "holds infinities or NaNs"
+    return None if layer >= 0 else f"is for layer {layer}, which there is none of"

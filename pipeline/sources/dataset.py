@@ -48,19 +48,14 @@ def _load(name: str, split: str | None, path: str) -> pa.Table:
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        pa.ArrowException,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        cause = str(error.__cause__ or error).split("\n", 1)[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # files from anyone make `datasets` raise anything
+        cause = str(error.__cause__ or error).split("\n", 1)[0] or type(error).__name__
         raise InputError(
             f"{path}: cannot be loaded as a data set: {cause}; check the name, the files or the "
             "network"
-        ) from None
+        ) from error
     if isinstance(loaded, datasets.Dataset):
         loaded = {str(loaded.split or "train"): loaded}
     if split is None and len(loaded) == 1:

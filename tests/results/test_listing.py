@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError, ResultsDamagedError
 from pipeline.results import RunStore
+from tests.fuzzing import fuzz
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 
@@ -130,11 +131,23 @@ json_values = st.recursive(
     max_leaves=5,
 )
 fields = st.sampled_from(
-    ["name", "kind", "round", "shard", "layer", "rows", "bytes", "sha256", "withdrawn", "x"]
+    [
+        "name",
+        "kind",
+        "round",
+        "shard",
+        "layer",
+        "rows",
+        "bytes",
+        "sha256",
+        "withdrawn",
+        "failed",
+        "x",
+    ]
 )
 
 
-@settings(max_examples=120, deadline=None)
+@fuzz(120, 1500)
 @given(changes=st.dictionaries(fields, json_values, max_size=3), line=st.sampled_from([0, 1]))
 def test_fuzzed_fields(fuzzed: tuple[Path, bytes], changes: dict[str, Any], line: int) -> None:
     path, listing = fuzzed
@@ -143,7 +156,7 @@ def test_fuzzed_fields(fuzzed: tuple[Path, bytes], changes: dict[str, Any], line
     check_reads_or_refuses(path, "".join(json.dumps(one) + "\n" for one in lines).encode())
 
 
-@settings(max_examples=120, deadline=None)
+@fuzz(120, 1500)
 @given(start=st.integers(0, 600), length=st.integers(0, 30), replacement=st.binary(max_size=20))
 @example(start=0, length=0, replacement=b"[" * 100_000 + b"\n")
 @example(start=0, length=0, replacement=b'{"rows": ' + b"9" * 5000 + b"}\n")

@@ -7,17 +7,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.requests import STORED_FIELDS, EditRequest, RequestRow
 from pipeline.sources import jsonl, parquet, read_requests
+from tests.fuzzing import damaged, fuzz
 
 # One file a test is written again for every example; nothing of an example outlives it.
-files = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+files = fuzz(40, 500)
 
 TRICKY = ["{}", "{", "}", '"', "'", "\\", "\n", "\r", "\u2028", "\x85", "\u200f", "\u202e", "\0"]
 text = st.one_of(
@@ -179,7 +178,7 @@ def test_parquet(tmp_path: Path, found: list[EditRequest]) -> None:
     assert [row.request for row in read_requests(path, "parquet")] == found
 
 
-@settings(files, max_examples=8)
+@fuzz(8, 60)
 @given(found=several)
 def test_dataset(tmp_path_factory: pytest.TempPathFactory, found: list[EditRequest]) -> None:
     datasets = pytest.importorskip("datasets")
@@ -239,7 +238,7 @@ def check(rows: list[RequestRow], number: int) -> None:
         row.reason.encode("utf-8")
 
 
-@settings(files, max_examples=60)
+@fuzz(60, 500)
 @pytest.mark.parametrize("format", ["counterfact", "zsre", "easyedit", "jsonl"])
 @given(data=st.data())
 def test_every_record_of_any_list_is_one_row(
@@ -284,7 +283,7 @@ def test_every_row_of_any_parquet_is_one_row(
     check(read_requests(path, "parquet"), 3)
 
 
-@settings(files, max_examples=60)
+@fuzz(60, 500)
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
 @given(
     content=st.binary() | st.text().map(str.encode) | json_values.map(json.dumps).map(str.encode)
@@ -304,16 +303,19 @@ def test_any_bytes_give_rows_or_an_input_error(tmp_path: Path, ending: str, cont
             assert rows
 
 
-@files
+@fuzz(40, 1500)
+@pytest.mark.parametrize("format", ["counterfact", "jsonl", "parquet"])
 @given(data=st.data())
-def test_any_damage_to_a_parquet_file(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "r.parquet"
-    parquet.write_requests([EditRequest(**GOOD["jsonl"])], str(path))
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] or content)
+def test_any_damage_to_a_sound_file(tmp_path: Path, format: str, data: st.DataObject) -> None:
+    path = tmp_path / f"r.{format if format != 'counterfact' else 'json'}"
+    if format == "parquet":
+        parquet.write_requests([EditRequest(**GOOD["jsonl"])], str(path))
+    else:
+        path.write_text(json.dumps(GOOD[format] if format == "jsonl" else [GOOD[format]] * 2))
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
     try:
-        check(read_requests(path, "parquet"), 1)
+        rows = read_requests(path, format)
     except InputError as error:
         assert str(path) in str(error)
+    else:
+        check(rows, len(rows))

@@ -1,0 +1,50 @@
+"""Reading a part whose bytes are as listed, but which may come from anyone: what it must hold."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.results.listing import TableKind
+from pipeline.results.schemas import check_schema
+
+
+def require_inside(path: Path, root: Path) -> Path:
+    """Return the path of a part after checking that no link leads it out of the run directory.
+
+    Raises:
+        ValueError: one does.
+    """
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError("is a link that leads out of the run directory")
+    return path
+
+
+def read_table(kind: TableKind, path: Path) -> pa.Table:
+    """Read a part with the columns of its kind.
+
+    Raises:
+        ValueError: it is not Parquet, or a column is not as `schemas` has it.
+    """
+    try:
+        table = pq.read_table(path, partitioning=None)
+        check_schema(kind, table)
+    except (TypeError, ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"is not one of our parts: {_one_line(error)}") from error
+    return table
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a Parquet file, from its footer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"is not Parquet: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,34 @@
+"""The types that settings are made of, with their bounds."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, StringConstraints
+
+_LONGEST_PATH, _LONGEST_NAME = 4096, 255
+# A token of the Hugging Face hub, or a password in an address.
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|://[^/\s]*@")
+
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+NonNegative = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+# A length constraint makes pydantic check that the string is encodable (no lone surrogates).
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _check_place(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a null character; write it without")
+    if _SECRET.search(text):
+        # The value is not repeated: messages end up in logs.
+        raise ValueError("holds a token or password; give it in the environment (HF_TOKEN)")
+    longest_name = max(len(name.encode()) for name in text.split("/"))
+    if len(text.encode()) > _LONGEST_PATH or longest_name > _LONGEST_NAME:
+        raise ValueError("is too long for a path or a name; correct it")
+    return text
+
+
+Place = Annotated[Text, AfterValidator(_check_place)]
+"""A path, a hub id or an address."""
