@@ -242,9 +242,9 @@ def test_a_worker_that_gives_no_answer_is_replaced(
     before = engine.result(engine.submit(0, "describe")).process
     os.kill(before, signal.SIGSTOP)
     call = engine.submit(0, "describe")
-    with pytest.raises(WorkerLostError, match="no answer for 2 s, longer than cluster"):
+    with pytest.raises(WorkerLostError, match=r"no answer for \d+ s, longer than cluster"):
         Waiter(engine, 0.5, 1.5).result(call, "describe")
-    assert re.search(r"no answer yet from describe on worker 0 for 1 s", caplog.text)
+    assert re.search(r"no answer yet from describe on worker 0 for \d+ s", caplog.text)
     engine.restart(0)
     assert engine.result(engine.submit(0, "describe")).process != before
 

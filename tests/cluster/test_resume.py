@@ -530,11 +530,12 @@ def test_killed_and_resumed_the_bits_are_the_same(job: Job, tmp_path: Path) -> N
         status = run_status(path)
         assert status.is_held and status.owner is not None
         assert status.owner.process == process.pid and status.state == "running"
-        time.sleep(random.uniform(0, 0.3))
+        time.sleep(random.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
     status = run_status(path)
-    assert status.is_held is False and status.state == "killed"
-    assert status.owner is not None and status.owner.process == process.pid
+    assert status.is_held is False and status.state in ("killed", "finished")
+    if status.state == "killed":
+        assert status.owner is not None and status.owner.process == process.pid
     job.resume(path)
     run = read(path)
     assert repr(digests(run)) == repr(digests(job.whole))

@@ -246,7 +246,7 @@ def test_a_worker_without_an_answer_is_reported_and_then_replaced(
     outcomes = list(scheduler.run("evaluate", probes, lambda _, items: (items,), **settings))
     assert [len(outcome.survivors) for outcome in outcomes] == [5, 5, 5, 3]
     assert engine.restarts == 3
-    assert "evaluate: no answer yet from shard 1 on worker 0 for 0 s" in caplog.text
+    assert "evaluate: no answer yet from shard 1 on worker 0 for" in caplog.text
     assert re.search(r"lost \(no answer for \d s, longer than cluster\.call_timeout", caplog.text)
 
 
