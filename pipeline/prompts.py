@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import InputError
 from pipeline.models.editable import EditableModel
-from pipeline.requests import EditRequest
+
+if TYPE_CHECKING:
+    # The editing core runs where torch and transformers are all there is (benchmarks/gpu.py).
+    from pipeline.requests import EditRequest
 
 CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
 CONTEXT_TOKENS = 10
@@ -39,7 +43,7 @@ class EditPrompts:
 
 
 def tokenize_edits(
-    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], contexts: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence["EditRequest"], contexts: Sequence[str]
 ) -> list[EditPrompts]:
     """Tokenise requests behind every context template, all in one batch.
 

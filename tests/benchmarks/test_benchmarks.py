@@ -1,5 +1,7 @@
 """Every benchmark runs on something tiny, and its fast and plain ways give the same numbers."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import covariance, evaluation, gpu, keys, reduce, values
-from benchmarks.machine import append_row, print_goals
+from benchmarks.machine import ROOT, append_row, print_goals
 from benchmarks.timing import alternate
 from tests.tiny_jobs import TinyJobs
 
@@ -74,6 +76,21 @@ def test_gpu_on_a_tiny_shape(common: list[str]) -> None:
     for phase in ("values", "keys", "covariance", "factor", "reduce"):
         assert row[f"{phase}_seconds"] > 0
         assert row[f"{phase}_share"] > 0
+
+
+def test_gpu_needs_torch_and_transformers_only(tmp_path: Path) -> None:
+    absent = ["pydantic", "ray", "datasets", "pyarrow", "rich", "pandas", "psutil"]
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({absent}))\n"  # None: importing it fails
+        "from benchmarks import gpu\n"
+        "gpu.main(['--shape', 'tiny', '--edits', '2', '--tokens', '100', '--dtype', 'float32',"
+        f" '--threads', '1', '--results', {str(tmp_path)!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'values_seconds'" in done.stdout, "the row is printed where it cannot be written"
+    assert not list(tmp_path.iterdir())
 
 
 def test_alternating_runs_warm_up_and_take_turns() -> None:
