@@ -9,18 +9,14 @@ Shapes: B edits, R rows of all edits, S and P suffix and prefix tokens an edit, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.editing.batching import TokenBatch, make_batch, token_batches
-from pipeline.models.caches import RecordingCache
+from pipeline.editing.row_states import RowPlan, RowStates
 from pipeline.models.editable import EditableModel
 from pipeline.prompts import EditPrompts
-
-_TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -101,19 +97,11 @@ def _select(value: Any, keep: Tensor) -> Any:
     return value[keep]
 
 
-@dataclass(frozen=True)
-class _RowPlan:
-    """One row of one edit: its tokens (target included but for the last), and where it is cut."""
-
-    ids: tuple[int, ...]
-    lookup: int
-
-
 def encode_suffixes(model: EditableModel, edits: Sequence[EditPrompts], layer: int) -> SuffixBatch:
     """Run what does not change during the search: blocks 0..L, and the prefixes above L."""
     plans = [_rows_of(edit) for edit in edits]
-    states = _States(model, [row for plan in plans for row in plan], layer)
-    layout = _Layout(plans, model.device)
+    states = RowStates(model, plans, layer)
+    layout = _Layout(plans, states, model.device)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     packed = states.hidden[layout.suffix_source].to(wide)
     target_index, target_ids, target_weight = _targets(edits, plans, model.device, wide)
@@ -139,74 +127,11 @@ def encode_suffixes(model: EditableModel, edits: Sequence[EditPrompts], layer: i
     )
 
 
-def _rows_of(edit: EditPrompts) -> list[_RowPlan]:
+def _rows_of(edit: EditPrompts) -> list[RowPlan]:
     """The contexts' rows, the bare prompt first; last the essence row, which ends at its lookup."""
-    rows = [_RowPlan((*row.ids, *edit.target[:-1]), row.lookup) for row in edit.rewrites]
+    rows = [RowPlan((*row.ids, *edit.target[:-1]), row.lookup) for row in edit.rewrites]
     essence = edit.essence
-    return [*rows, _RowPlan(essence.ids[: essence.lookup + 1], essence.lookup)]
-
-
-class _States:
-    """What blocks 0..L make of all rows, and the attention keys and values of their prefixes above.
-
-    Rows of like length run together; the results lie one row's tokens behind the other's.
-
-    Attributes:
-        hidden: (T, d) output of block L, T tokens of all rows.
-        prefix: layer -> keys and values, (T, heads, head size) each; only the entries of tokens
-            before a lookup token mean something.
-    """
-
-    def __init__(self, model: EditableModel, rows: Sequence[_RowPlan], layer: int) -> None:
-        self.model, self.layer = model, layer
-        starts = [0, *accumulate(len(row.ids) for row in rows)]
-        self.starts = torch.tensor(starts[:-1], device=model.device)
-        self.num_tokens = starts[-1]
-        self.hidden = torch.empty(0)
-        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
-        widest = max(len(row.ids) for row in rows)
-        most = max(_TOKENS_AT_ONCE, widest)
-        for batch in token_batches(model, [row.ids for row in rows], most):
-            self._run(batch, [rows[i].lookup for i in batch.index.tolist()])
-
-    def _run(self, batch: TokenBatch, lookups: Sequence[int]) -> None:
-        hidden = self.model.run(
-            None,
-            first=0,
-            stop=self.layer + 1,
-            masks=batch.masks,
-            position_ids=batch.positions,
-            input_ids=batch.ids,
-        )
-        place = self.starts[batch.index.to(self.starts.device)][:, None] + batch.positions
-        if not self.hidden.numel():
-            self.hidden = hidden.new_empty(self.num_tokens, hidden.shape[-1])
-        self.hidden[place[batch.real]] = hidden[batch.real]
-        self._record(hidden, place, lookups)
-
-    def _record(self, hidden: Tensor, place: Tensor, lookups: Sequence[int]) -> None:
-        """Keep the keys and values of what precedes the lookup tokens."""
-        cache = RecordingCache()
-        # A row without a prefix records one token that nothing reads, so that no tensor is empty.
-        batch = make_batch(
-            self.model, [(0,) * max(1, lookup) for lookup in lookups], range(len(lookups))
-        )
-        self.model.final(
-            hidden[:, : batch.ids.shape[1]],
-            first=self.layer + 1,
-            masks=batch.masks,
-            position_ids=batch.positions,
-            cache=cache,
-            # Nobody reads what comes out, so one token of the last MLP is enough.
-            read=place.new_zeros(1),
-        )
-        place = place[:, : batch.ids.shape[1]][batch.real]
-        for index, recorded in cache.recorded.items():
-            if index not in self.prefix:
-                shape = (self.num_tokens, recorded[0].shape[1])
-                self.prefix[index] = tuple(r.new_zeros(*shape, r.shape[-1]) for r in recorded)  # type: ignore[assignment]
-            for kept, new in zip(self.prefix[index], recorded, strict=True):
-                kept[place] = new.transpose(1, 2)[batch.real]
+    return [*rows, RowPlan(essence.ids[: essence.lookup + 1], essence.lookup)]
 
 
 def _by_head(states: Tensor, source: Tensor) -> Tensor:
@@ -217,19 +142,20 @@ def _by_head(states: Tensor, source: Tensor) -> Tensor:
 class _Layout:
     """Where each token of each row of each edit stands in the packed batch."""
 
-    def __init__(self, plans: Sequence[Sequence[_RowPlan]], device: torch.device) -> None:
+    def __init__(
+        self, plans: Sequence[Sequence[RowPlan]], states: RowStates, device: torch.device
+    ) -> None:
         suffix, prefix, starts = [], [], []
-        start = 0
-        for plan in plans:
+        for edit, plan in enumerate(plans):
             suffix_tokens: list[tuple[int, int, int]] = []
             prefix_tokens: list[tuple[int, int, int]] = []
             row_starts: list[int] = []
             for number, row in enumerate(plan):
                 row_starts.append(len(suffix_tokens))
-                tokens = [(start + i, i, number) for i in range(len(row.ids))]
+                places = states.places[edit][number]
+                tokens = [(place, i, number) for i, place in enumerate(places)]
                 prefix_tokens += tokens[: row.lookup]
                 suffix_tokens += tokens[row.lookup :]
-                start += len(tokens)
             suffix.append(suffix_tokens)
             prefix.append(prefix_tokens)
             starts.append(row_starts)
@@ -257,7 +183,7 @@ def _table(rows: list[list[tuple[int, int, int]]], device: torch.device) -> Tens
 
 def _targets(
     edits: Sequence[EditPrompts],
-    plans: Sequence[Sequence[_RowPlan]],
+    plans: Sequence[Sequence[RowPlan]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:

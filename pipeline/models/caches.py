@@ -19,17 +19,24 @@ class AttentionCache(Cache):
 
 
 class RecordingCache(AttentionCache):
-    """Keeps what attention computes: layer -> keys and values (batch, heads, tokens, head size)."""
+    """Keeps what attention computes: layer -> keys and values (batch, heads, tokens, head size).
 
-    def __init__(self) -> None:
+    Args:
+        prefix: attention keys and values to supply in front, as `PrefixCache` does; not kept.
+    """
+
+    def __init__(self, prefix: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
         super().__init__()
+        self.prefix = prefix
         self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.recorded[layer_idx] = (key_states, value_states)
-        return key_states, value_states
+        if self.prefix is None:
+            return key_states, value_states
+        return _in_front(self.prefix[layer_idx], key_states, value_states)
 
 
 class PrefixCache(AttentionCache):
@@ -42,8 +49,11 @@ class PrefixCache(AttentionCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self.prefix[layer_idx]
-        return (
-            torch.cat([keys, key_states], dim=-2),
-            torch.cat([values, value_states], dim=-2),
-        )
+        return _in_front(self.prefix[layer_idx], key_states, value_states)
+
+
+def _in_front(
+    prefix: tuple[Tensor, Tensor], key_states: Tensor, value_states: Tensor
+) -> tuple[Tensor, Tensor]:
+    keys, values = prefix
+    return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)

@@ -266,10 +266,33 @@ def test_a_batch_that_does_not_fit_is_halved(fitting: int) -> None:
 
     handle = tiny.blocks[0].register_forward_pre_hook(run_out)
     found = _search(tiny, 1, EDITS, batch_size=5)
-    assert seen[0] == 5 * rows_per_edit and seen[-1] <= fitting * rows_per_edit
+    assert max(seen) == 5 * rows_per_edit and seen[-1] <= fitting * rows_per_edit
     handle.remove()
     for ours, theirs in zip(found, _one_by_one("gpt2"), strict=True):
         assert relative_error(ours.z, theirs.z) < 1e-10
+
+
+def test_what_all_edits_begin_with_runs_once() -> None:
+    """However long a context is, another edit adds only what is its own."""
+    tiny = case("gpt2")
+    edits = [EDITS[2]._replace(subject=f"{letter}. Vey") for letter in "ABCD"]
+    seen: list[int] = []
+
+    def count(_module: object, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].shape[0] * inputs[0].shape[1])
+
+    def tokens(number: int, context: str) -> int:
+        seen.clear()
+        _search(tiny, 1, edits[:number], ["{}", context], batch_size=8, steps=1)
+        return sum(seen)
+
+    short, long = "It was. {}", "It was a long way to the town in the hills and back, they said. {}"
+    handle = tiny.blocks[0].register_forward_pre_hook(count)
+    try:
+        assert tokens(2, long) > tokens(2, short) + 15
+        assert tokens(4, long) - tokens(2, long) == tokens(4, short) - tokens(2, short)
+    finally:
+        handle.remove()
 
 
 def test_when_not_even_one_edit_fits_the_error_gets_out() -> None:
