@@ -88,8 +88,10 @@ def test_many_requests_about_one_subject(tiny: TinyJobs, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_five_thousand_requests_about_one_subject(tiny: TinyJobs, tmp_path: Path) -> None:
-    run = _run(tiny, tmp_path / "run", _about_one_subject(5000), "cluster.shard_size=250")
+    changes = ["cluster.shard_size=250", "method.contexts=['{}']", "evaluation.probes=[]"]
+    run = _run(tiny, tmp_path / "run", _about_one_subject(5000), *changes)
     _check_one_subject(run, 5000)
 
 
