@@ -8,7 +8,7 @@ import torch
 from pipeline.applying import apply_updates
 from pipeline.errors import InputError
 from pipeline.model_card import write_model_card
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_model, load_tokenizer, save_model
 from pipeline.results import read
 from pipeline.spec import parse_spec
 
@@ -23,7 +23,7 @@ def export_model(run: str | Path, directory: str | Path) -> None:
         directory: where to write; must not exist.
 
     Raises:
-        InputError: the run is not finished, or the directory exists.
+        InputError: the run is not finished, or the directory exists or cannot be written.
         FingerprintMismatchError: the model at the run's path is not the one that was edited.
     """
     opened, target = read(run), Path(directory)
@@ -34,7 +34,10 @@ def export_model(run: str | Path, directory: str | Path) -> None:
     apply_updates(model, run)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    load_tokenizer(spec.model).save_pretrained(temporary)
-    write_model_card(temporary, opened.manifest, opened.summary["requests"]["applied"])
-    temporary.rename(target)
+    try:
+        save_model(model, load_tokenizer(spec.model), temporary)
+        write_model_card(temporary, opened.manifest, opened.summary["requests"]["applied"])
+        temporary.rename(target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{target}: cannot write the model ({error})") from error

@@ -149,9 +149,13 @@ def save_edited_model(store: RunStore, scheduler: Scheduler, applied: int) -> No
     temporary, final = store.path / ".model.tmp", store.path / "model"
     shutil.rmtree(final, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
-    scheduler.call("save_model", str(temporary.resolve()), version=scheduler.version)
-    write_model_card(temporary, store.manifest, applied)
-    temporary.rename(final)
+    try:
+        scheduler.call("save_model", str(temporary.resolve()), version=scheduler.version)
+        write_model_card(temporary, store.manifest, applied)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _edit_row(row: RequestRow, failures: dict[str, str], round: int) -> dict[str, Any]:
