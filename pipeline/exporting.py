@@ -8,7 +8,7 @@ import torch
 from pipeline.applying import apply_updates
 from pipeline.errors import InputError
 from pipeline.model_card import write_model_card
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_model, load_tokenizer, save_model
 from pipeline.results import read
 from pipeline.results.recorded import RecordedSummary, check_recorded
 from pipeline.sources.files import writing
@@ -27,7 +27,7 @@ def export_model(run: str | Path, directory: str | Path, *, allow_pickle: bool =
             the run's own spec says of it does not count, since a run may come from anyone.
 
     Raises:
-        InputError: the run is not finished, or the directory exists.
+        InputError: the run is not finished, or the directory exists or cannot be written.
         FingerprintMismatchError: the model at the run's path is not the one that was edited.
     """
     opened, target = read(run), Path(directory)
@@ -43,8 +43,7 @@ def export_model(run: str | Path, directory: str | Path, *, allow_pickle: bool =
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with writing(str(target)):
-            model.save_pretrained(temporary)
-            load_tokenizer(source).save_pretrained(temporary)
+            save_model(model, load_tokenizer(source), temporary)
             write_model_card(temporary, spec, recorded, summary.requests.get("applied", 0))
             temporary.rename(target)
     except BaseException:

@@ -163,11 +163,15 @@ def save_edited_model(store: RunStore, scheduler: Scheduler, applied: int) -> No
     temporary, final = store.path / ".model.tmp", store.path / "model"
     shutil.rmtree(final, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
-    scheduler.call("save_model", str(temporary.resolve()), version=scheduler.version)
     recorded = check_recorded(store.manifest, RecordedRun, store.path / MANIFEST)
     spec = parse_spec(recorded.spec, f"{store.path / MANIFEST}: spec")
-    write_model_card(temporary, spec, recorded, applied)
-    temporary.rename(final)
+    try:
+        scheduler.call("save_model", str(temporary.resolve()), version=scheduler.version)
+        write_model_card(temporary, spec, recorded, applied)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _edit_row(

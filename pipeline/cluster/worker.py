@@ -30,6 +30,7 @@ from pipeline.models.loading import (
     fuse_activations,
     load_model,
     load_tokenizer,
+    save_model,
 )
 from pipeline.prompts import generate_contexts, tokenize_edits
 from pipeline.requests import EditRequest, quote
@@ -182,8 +183,7 @@ class EditWorker:
     def save_model(self, directory: str, *, version: int) -> None:
         """Write model and tokenizer with save_pretrained, at the weights of `version`."""
         self._require(version)
-        self.model.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        save_model(self.model.model, self.tokenizer, directory)
 
     def peak_memory(self) -> dict[str, int]:
         """Peak resident memory of this process, and peak device memory, in bytes."""

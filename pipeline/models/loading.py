@@ -127,6 +127,25 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     return model.eval()
 
 
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path | str
+) -> None:
+    """Write model and tokenizer with save_pretrained.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:
+        # safetensors and tokenizers have errors of their own for a full disk; tokenizers' is a
+        # plain Exception.
+        raise OSError(f"{directory}: {error}") from error
+
+
 def fuse_activations(model: PreTrainedModel) -> None:
     """Let torch's one-pass kernel compute the tanh form of GELU, which transformers spells out.
 
