@@ -39,8 +39,11 @@ def raising_stopped(advice: str) -> Iterator[None]:
         yield
         return
 
+    raised: list[Stopped] = []
+
     def stop(number: int, _frame: FrameType | None) -> None:
         stopped = Stopped(number, advice)
+        raised.append(stopped)
         watchdog = threading.Timer(_SECONDS_TO_END, _end, (stopped,))
         watchdog.daemon = True
         watchdog.start()
@@ -49,6 +52,11 @@ def raising_stopped(advice: str) -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
+    except SystemExit as error:
+        # Waiting for an object, Ray catches what a handler raises and exits with 1 in its place.
+        if raised and error is not raised[-1]:
+            raise raised[-1] from error
+        raise
     finally:
         for number, handler in before.items():
             # None is a handler that was not set from Python.
