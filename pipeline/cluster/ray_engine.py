@@ -128,15 +128,23 @@ class RayEngine:
 
     def _await_start(self) -> None:
         """Wait for all workers, however long an autoscaler takes, and say what is missing."""
-        waiting = [worker.describe.remote() for worker in self._workers]
-        seconds = 0.0
+        waiting = {worker.describe.remote(): i for i, worker in enumerate(self._workers)}
+        seconds, lost = 0.0, 0
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=_START_SECONDS)
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=_START_SECONDS)
             for handle in done:
+                worker = waiting.pop(handle)
                 try:
                     _fetch(handle)
                 except WorkerLostError as error:
-                    raise JobFailedError(f"a worker did not start: {error}") from error
+                    lost += 1
+                    if lost > self.spec.cluster.max_retries:
+                        raise JobFailedError(f"a worker did not start: {error}") from error
+                    log.warning(
+                        "worker %d was lost at its start (%s); starting it again", worker, error
+                    )
+                    self.restart(worker)
+                    waiting[self._workers[worker].describe.remote()] = worker
             if not done:
                 seconds += _START_SECONDS
                 log.warning(
