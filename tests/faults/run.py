@@ -135,7 +135,8 @@ class Chaos:
         victim = self.random.choice(self._victims(fault.kind) or [None])
         if victim is None:
             return False
-        fault.seen = f"{self._phase(trial)} ({victim.method or 'idle'})"
+        phase = "covariance" if victim.method == "covariance" else self._phase(trial)
+        fault.seen = f"{phase} ({victim.method or 'idle'})"
         if fault.kind == "node":
             self.nodes.kill_node(victim.raylet)
         else:
@@ -210,8 +211,8 @@ class Chaos:
         """The phase under way, by what has been written."""
         written = parts_written(trial.output)
         if not (trial.output / "manifest.json").exists():
-            active = any(actor.method == "covariance" for actor in self.nodes.actors())
-            return "covariance" if active else "start"
+            covariances = trial.output.with_name(f"{trial.output.name}-covariances")
+            return "covariance" if covariances.exists() else "start"
         for phase, count in PARTS.items():
             if written[phase] < count:
                 return phase
@@ -258,6 +259,8 @@ def main() -> int:
                 if time.monotonic() - began > 60 * options.minutes:
                     break
                 chaos.run(root)
+        except KeyboardInterrupt:
+            _say("interrupted; the run under way does not count")
         finally:
             nodes.close()
     print(table(chaos.faults))

@@ -98,6 +98,7 @@ def test_a_full_disk_ends_the_job_and_more_room_finishes_it(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_disk_can_be_full_at_any_page(small_job: Job, disk: SmallDisk) -> None:
     """Every size from nothing to enough, in one run directory after the other."""
     whole = _used(small_job.root)
@@ -138,12 +139,13 @@ def test_files_that_may_not_grow_end_the_job(small_job: Job, tmp_path: Path, lim
     assert small_job.problems(output) == []
 
 
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_driver_dies_before_any_step_on_disk(every: int) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_driver_dies_before_any_step_on_disk() -> None:
     """See sweep.py; in a process of its own, since drivers are forked from it."""
-    command = [sys.executable, "-m", "tests.faults.sweep", "--every", str(every)]
+    command = [sys.executable, "-m", "tests.faults.sweep"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     swept = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert swept.returncode == 0, swept.stdout + swept.stderr
     found = re.search(r"^(\d+) drivers died before a step, of (\d+)", swept.stdout, re.MULTILINE)
-    assert found is not None and int(found[1]) >= int(found[2]) / every > 5
+    assert found is not None and int(found[1]) >= int(found[2]) > 50
