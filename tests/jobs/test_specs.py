@@ -58,7 +58,7 @@ def test_the_real_spec_fits_the_real_model(shared: Path) -> None:
     overrides = [*ARGUMENTS["counterfact_12m"], *paths]
     spec = load_spec(ROOT / "jobs" / "specs" / "counterfact_12m.yaml", overrides)
     plan = make_plan(spec)
-    assert plan.num_requests == 1000 and plan.spec.method.covariance_weight == 2000
+    assert plan.num_requests == 1000 and plan.spec.method.covariance_weight == 1600
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -24,6 +24,7 @@ PAPER = {
     "kl_weight": 0.0625,
     "clamp_norm": 0.75,
     "stop_loss": 0.05,
+    "stop_when_predicted": False,
 }
 
 
