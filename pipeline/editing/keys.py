@@ -74,7 +74,8 @@ class KeyWave:
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Read the keys at `layer` and the hidden states at the output of block L.
 
-        Layers must be asked for in ascending order, each after the updates of the ones before.
+        Layers are to be asked for in ascending order, each after the updates of the ones before;
+        asking for one again gives the same bits.
 
         Returns:
             keys: (N, f) in the model's dtype: the mean over the groups {bare prompt} and {the other
@@ -116,8 +117,10 @@ class KeyWave:
 
     def _bring_to(self, pack: _Pack, layer: int) -> Tensor | None:
         """The pack's states at the input of `layer`; None where those are the embeddings."""
-        if pack.half is None:
+        if pack.half is None or pack.layer > layer:
             return self._run(pack, None, 0, layer)
+        if pack.layer == layer:
+            return pack.half.hidden
         batch = pack.batch
         hidden = finish_block(
             self.model, pack.layer, pack.half, masks=batch.masks, position_ids=batch.positions

@@ -42,7 +42,8 @@ def recorded_halfway(model: EditableModel, layer: int) -> Iterator[Halfway]:
     """Record a block's way to its key while the context is open; the last call counts."""
     half = Halfway.empty()
 
-    def block_input(_module: object, inputs: tuple[Any, ...]) -> None:
+    # After the block, since the state that enters may itself be put in by a hook before it.
+    def block_input(_module: object, inputs: tuple[Any, ...], _output: object) -> None:
         half.hidden = inputs[0]
 
     def attention_output(_module: object, _inputs: object, output: Any) -> None:
@@ -53,7 +54,7 @@ def recorded_halfway(model: EditableModel, layer: int) -> Iterator[Halfway]:
 
     with ExitStack() as stack:
         for handle in (
-            model.blocks[layer].register_forward_pre_hook(block_input),
+            model.blocks[layer].register_forward_hook(block_input),
             model.attention(layer).register_forward_hook(attention_output),
             model.down_projection(layer).register_forward_pre_hook(key),
         ):

@@ -74,6 +74,25 @@ def test_kept_hidden_states_change_no_bit(family: str, dtype: torch.dtype) -> No
     assert kept[0].dtype == dtype
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_a_layer_can_be_read_again(family: str) -> None:
+    """As when the reducer was lost before it had added the keys."""
+    tiny = fresh(family, torch.float32)
+    wave = _wave(tiny)
+    weights = EditedWeights(tiny.editable, LAYERS)
+    for layer in LAYERS:
+        first = wave.read(layer)
+        assert all(map(torch.equal, wave.read(layer), first))
+        if layer > LAYERS[0]:
+            assert all(map(torch.equal, _wave(tiny).read(layer), first))
+        weights.apply(layer, 0.3 * draw(32, 64, seed=layer))
+    again = _wave(tiny)
+    last = again.read(LAYERS[2])
+    assert all(map(torch.equal, wave.read(LAYERS[1]), again.read(LAYERS[1])))
+    assert all(map(torch.equal, wave.read(LAYERS[2]), last))
+    weights.revert()
+
+
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])
 @pytest.mark.parametrize("keep_hidden", [True, False])
 def test_the_wave_sees_the_weights_as_they_are(family: str, keep_hidden: bool) -> None:
