@@ -100,7 +100,7 @@ class Trial:
                 self._process.wait()
                 raise HangingError(f"the driver hangs; its log ends:\n{self.tail()}")
             self.nodes.restore()
-            time.sleep(0.003)
+            time.sleep(0.005)
         return True
 
     def wait(self) -> Ended:

@@ -21,7 +21,7 @@ def test_a_signal_ends_a_wait_of_ray(
 ) -> None:
     """Ray turns what a handler raises into an exit with code 1; ours says which signal it was."""
     monkeypatch.setattr(signals, "_SECONDS_TO_END", 3600.0)  # else the tests would end, too
-    never = ray.remote(num_cpus=0)(time.sleep).remote(3600)
+    never = ray.remote(num_cpus=0)(lambda: time.sleep(3600)).remote()
     handle = [never] if wait is ray.wait else never
     start = time.monotonic()
     with pytest.raises(Stopped) as caught, raising_stopped("go on"):
