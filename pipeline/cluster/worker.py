@@ -207,19 +207,26 @@ class EditWorker:
     def _wave(self, shard: int, requests: Sequence[EditRequest]) -> KeyWave:
         if shard not in self._waves:
             edits = tokenize_edits(self.tokenizer, requests, self.contexts)
-            self._waves[shard] = KeyWave(
-                self.model,
-                edits,
-                self.method.layers[-1],
-                max_tokens=self._max_tokens,
-                keep_hidden=self._room_for_hidden(),
-            )
+            wave = KeyWave(self.model, edits, self.method.layers[-1], max_tokens=self._max_tokens)
+            self._make_room(wave)
+            self._waves[shard] = wave
         return self._waves[shard]
 
-    def _room_for_hidden(self) -> bool:
-        """Whether the hidden states kept so far leave room for another shard's."""
-        kept = sum(wave.num_bytes for wave in self._waves.values())
-        return kept < self.spec.cluster.hidden_states_gb * 1e9
+    def _make_room(self, wave: KeyWave) -> None:
+        """Let a wave keep what there is room for; the others keep less before it keeps nothing."""
+
+        def fits() -> bool:
+            kept = sum(other.num_bytes for other in (wave, *self._waves.values()))
+            return kept <= self.spec.cluster.hidden_states_gb * 1e9
+
+        if fits():
+            return
+        for other in (wave, *self._waves.values()):
+            if other.keep == "keys":
+                other.keep_less("hidden")
+            if fits():
+                return
+        wave.keep_less("nothing")
 
     def _require(self, version: int) -> None:
         if self.weights.version != version:

@@ -10,6 +10,7 @@ Shapes: N edits, f key size, d hidden size.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ from pipeline.models.halfway import (
     without_down_projection,
 )
 from pipeline.prompts import EditPrompts
+
+Kept = Literal["keys", "hidden", "nothing"]
+"""What rows keep while they wait at a layer: all that it takes to finish its block (2 d + f numbers
+a token), the block's input (d), from which it runs again, or nothing: they start over."""
 
 
 @dataclass
@@ -42,8 +47,7 @@ class KeyWave:
         edits: tokenised requests, N of them.
         last_layer: the block L at whose output the residual is measured.
         max_tokens: tokens in one batch.
-        keep_hidden: hold the states between calls; without, every call starts from the
-            embeddings, which costs time and saves memory. The results are the same bits.
+        keep: what is held between calls; the less, the more runs again, to the same bits.
     """
 
     def __init__(
@@ -53,9 +57,9 @@ class KeyWave:
         last_layer: int,
         *,
         max_tokens: int,
-        keep_hidden: bool = True,
+        keep: Kept = "keys",
     ) -> None:
-        self.model, self.last_layer, self.keep_hidden = model, last_layer, keep_hidden
+        self.model, self.last_layer, self.keep = model, last_layer, keep
         self.num_edits = len(edits)
         bare = [edit.rewrites[0] for edit in edits]
         others = [row for edit in edits for row in edit.rewrites[1:]]
@@ -67,8 +71,22 @@ class KeyWave:
     def num_bytes(self) -> int:
         """Bytes that the kept states take, or will take once there are any."""
         tokens = sum(pack.batch.ids.numel() for pack in (*self._bare, *self._others))
-        width = 2 * self.model.hidden_size + self.model.key_size(self.last_layer)
-        return tokens * width * self.model.dtype.itemsize if self.keep_hidden else 0
+        hidden = self.model.hidden_size
+        widths = {
+            "keys": 2 * hidden + self.model.key_size(self.last_layer),
+            "hidden": hidden,
+            "nothing": 0,
+        }
+        return tokens * widths[self.keep] * self.model.dtype.itemsize
+
+    def keep_less(self, keep: Kept) -> None:
+        """Hold less from now on, and let go of what is held beyond that."""
+        self.keep = keep
+        for pack in (*self._bare, *self._others):
+            if keep == "nothing":
+                pack.half = None
+            elif keep == "hidden" and pack.half is not None:
+                pack.half.keep_input()
 
     @torch.no_grad()
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -108,11 +126,13 @@ class KeyWave:
         with recorded_halfway(self.model, layer) as half:
             output = self._run(pack, hidden, layer, stop, read)
         assert output is not None
-        if self.keep_hidden and layer < self.last_layer:
-            pack.half, pack.layer = half, layer
-        else:
-            pack.half = None
         key = half.key.flatten(0, -2)
+        if self.keep == "nothing" or layer == self.last_layer:
+            pack.half = None
+        else:
+            pack.half, pack.layer = half, layer
+            if self.keep == "hidden":
+                half.keep_input()
         return key if len(key) == len(last) else key[last], output
 
     def _bring_to(self, pack: _Pack, layer: int) -> Tensor | None:
@@ -121,6 +141,8 @@ class KeyWave:
             return self._run(pack, None, 0, layer)
         if pack.layer == layer:
             return pack.half.hidden
+        if not pack.half.is_whole:
+            return self._run(pack, pack.half.hidden, pack.layer, layer)
         batch = pack.batch
         hidden = finish_block(
             self.model, pack.layer, pack.half, masks=batch.masks, position_ids=batch.positions

@@ -30,6 +30,15 @@ class Halfway:
     attention: Any
     key: Tensor
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the block can be finished from here; else it has to run again from its input."""
+        return self.attention is not None
+
+    def keep_input(self) -> None:
+        """Forget all but the block's input, which takes a fraction of the memory."""
+        self.attention, self.key = None, torch.empty(0)
+
     @classmethod
     def empty(cls) -> "Halfway":
         """One to be filled by `recorded_halfway`."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.editing.keys import KeyWave, inputs_of
+from pipeline.editing.keys import Kept, KeyWave, inputs_of
 from pipeline.editing.update import EditedWeights
 from tests.cases import ALL_FAMILIES, CONTEXTS, EDITS, Case, case, draw, fresh, relative_error
 from tests.oracles.memit import block_output, compute_key, rewrite_rows
@@ -13,12 +13,10 @@ LAYERS = (0, 1, 2)
 
 
 def _wave(
-    tiny: Case, contexts: list[str] = CONTEXTS, max_tokens: int = 40, keep_hidden: bool = True
+    tiny: Case, contexts: list[str] = CONTEXTS, max_tokens: int = 40, keep: Kept = "keys"
 ) -> KeyWave:
     prompts = tiny.prompts(EDITS, contexts)
-    return KeyWave(
-        tiny.editable, prompts, LAYERS[-1], max_tokens=max_tokens, keep_hidden=keep_hidden
-    )
+    return KeyWave(tiny.editable, prompts, LAYERS[-1], max_tokens=max_tokens, keep=keep)
 
 
 def _expected(tiny: Case, layer: int, contexts: list[str] = CONTEXTS) -> tuple[Tensor, Tensor]:
@@ -52,7 +50,7 @@ def test_one_context_is_enough(family: str) -> None:
             assert relative_error(ours, theirs) < 1e-9
 
 
-def _read_while_editing(tiny: Case, **options: int | bool) -> list[Tensor]:
+def _read_while_editing(tiny: Case, **options: int | Kept) -> list[Tensor]:
     """Keys and hidden states of a wave that passes weights as they are edited."""
     wave = _wave(tiny, **options)  # type: ignore[arg-type]
     weights = EditedWeights(tiny.editable, LAYERS)
@@ -68,9 +66,9 @@ def _read_while_editing(tiny: Case, **options: int | bool) -> list[Tensor]:
 @pytest.mark.parametrize("family", ["gpt2", "opt", "mistral", "gemma3"])
 def test_kept_hidden_states_change_no_bit(family: str, dtype: torch.dtype) -> None:
     tiny = fresh(family, dtype)
-    kept = _read_while_editing(tiny, keep_hidden=True)
-    again = _read_while_editing(tiny, keep_hidden=False)
-    assert all(map(torch.equal, kept, again))
+    kept = _read_while_editing(tiny)
+    for less in ("hidden", "nothing"):
+        assert all(map(torch.equal, kept, _read_while_editing(tiny, keep=less)))
     assert kept[0].dtype == dtype
 
 
@@ -94,10 +92,10 @@ def test_a_layer_can_be_read_again(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])
-@pytest.mark.parametrize("keep_hidden", [True, False])
-def test_the_wave_sees_the_weights_as_they_are(family: str, keep_hidden: bool) -> None:
+@pytest.mark.parametrize("keep", ["keys", "hidden", "nothing"])
+def test_the_wave_sees_the_weights_as_they_are(family: str, keep: Kept) -> None:
     tiny = fresh(family)
-    wave = _wave(tiny, keep_hidden=keep_hidden)
+    wave = _wave(tiny, keep=keep)
     weights = EditedWeights(tiny.editable, LAYERS)
     unedited = _expected(tiny, 2)[0]
     for layer in LAYERS:
@@ -135,7 +133,20 @@ def test_kept_bytes_are_counted() -> None:
     unpadded.read(1)
     assert unpadded.num_bytes == tokens * (2 * 32 + 64) * 8
     assert _wave(tiny, max_tokens=100_000).num_bytes > tokens * (2 * 32 + 64) * 8
-    assert _wave(tiny, keep_hidden=False).num_bytes == 0
+    assert _wave(tiny, max_tokens=1, keep="hidden").num_bytes == tokens * 32 * 8
+    assert _wave(tiny, keep="nothing").num_bytes == 0
+
+
+@pytest.mark.parametrize("less", ["hidden", "nothing"])
+def test_a_wave_under_way_can_keep_less(less: Kept) -> None:
+    tiny = fresh("llama", torch.float32)
+    waves = [_wave(tiny), _wave(tiny)]
+    weights = EditedWeights(tiny.editable, LAYERS)
+    for layer in LAYERS:
+        assert all(map(torch.equal, waves[0].read(layer), waves[1].read(layer)))
+        waves[1].keep_less(less)
+        weights.apply(layer, 0.3 * draw(32, 64, seed=layer))
+    weights.revert()
 
 
 def test_inputs_are_collected_only_inside() -> None:
