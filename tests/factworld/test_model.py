@@ -23,7 +23,7 @@ from pipeline.factworld.train import Shape
 from pipeline.models.editable import EditableModel
 
 KNOWN = {"same_subject": 0.98, "subject_alias": 0.9, "one_hop": 0.95, "reversed": 0.95}
-PART = Part(2, 1e-3, facts=1, hops=1, one_hop=1, reversed=1)
+PART = Part(2, hops=1, one_hop=1, reversed=1)
 TINY = Shape(vocab_size=512, width=32, inner_width=64, layers=2, heads=2)
 
 

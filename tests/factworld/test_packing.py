@@ -33,7 +33,7 @@ def tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def statements(world: World) -> list[Statement]:
-    return training_statements(world, Part(1, 1e-3, facts=1, hops=2, one_hop=1, reversed=3))
+    return training_statements(world, Part(1, hops=2, one_hop=1, reversed=3))
 
 
 @pytest.fixture(scope="module")
