@@ -7,9 +7,17 @@ so that none disappears on the way to `edits/*.parquet`.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from pipeline.errors import InputError
 
@@ -38,10 +46,29 @@ class LocalityProbe(BaseModel):
     aspect: Text | None = None
     """What is asked about, to group results by: subject_alias, reversed, one_hop, ..."""
 
-    @field_validator("target")
+    target_true: Text | None = None
+    """Of a portability question: the answer before the edit, when it is known."""
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_truth(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Requests without it keep the digest that runs begun before the field was there have.
+        fields: dict[str, Any] = dump(self)
+        if self.target_true is None:
+            fields.pop("target_true", None)
+        return fields
+
+    @field_validator("target", "target_true")
     @classmethod
-    def _not_blank(cls, value: str) -> str:
-        return _filled(value, "write the expected answer")
+    def _not_blank(cls, value: str | None) -> str | None:
+        return None if value is None else _filled(value, "write the expected answer")
+
+    @field_validator("target_true")
+    @classmethod
+    def _answers_differ(cls, value: str | None, info: ValidationInfo) -> str | None:
+        target = info.data.get("target")
+        if value is not None and target is not None and value.strip() == target.strip():
+            raise ValueError(f"is the same as target, {quote(value)}; leave it away")
+        return value
 
 
 class EditRequest(BaseModel):
@@ -87,6 +114,17 @@ class EditRequest(BaseModel):
 
     generation_prompts: tuple[Text, ...] = ()
     """Full prompts to continue freely."""
+
+    @field_validator("locality")
+    @classmethod
+    def _one_answer(cls, probes: tuple[LocalityProbe, ...]) -> tuple[LocalityProbe, ...]:
+        for number, probe in enumerate(probes):
+            if probe.target_true is not None:
+                raise ValueError(
+                    f"[{number}] has target_true, but an edit shall not change what target says; "
+                    "leave it away"
+                )
+        return probes
 
     @field_validator("case_id", "subject", "target_new", "target_true")
     @classmethod

@@ -23,6 +23,9 @@ GOOD: dict[str, Any] = {
 }
 
 
+TRUE_TOO = {"prompt": "q", "target": "a", "target_true": "b"}
+
+
 def make(**changes: Any) -> EditRequest:
     return EditRequest.model_validate(GOOD | changes)
 
@@ -95,6 +98,12 @@ def test_span_is_where_the_template_says(before: str, after: str, subject: str) 
         ({"case_id": 7}, "case_id", "valid string"),
         ({"subject": b"Paris"}, "subject", "valid string"),
         ({"relation": "P36"}, "relation", "not permitted"),
+        ({"locality": [TRUE_TOO]}, "locality", "[0] has target_true, but an edit shall not"),
+        (
+            {"portability": [TRUE_TOO | {"target_true": "a "}]},
+            "portability.0.target_true",
+            "the same as target, 'a '; leave it away",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], field: str, words: str) -> None:
@@ -103,6 +112,14 @@ def test_what_is_refused(changes: dict[str, Any], field: str, words: str) -> Non
     (detail,) = caught.value.errors()
     assert ".".join(map(str, detail["loc"])) == field
     assert words in detail["msg"]
+
+
+def test_a_probe_without_a_true_answer_is_written_as_before() -> None:
+    """The digest of a run's requests is made of this text."""
+    probe = LocalityProbe(prompt="q", target="a")
+    assert probe.model_dump_json() == '{"prompt":"q","target":"a","aspect":null}'
+    true = LocalityProbe.model_validate(TRUE_TOO)
+    assert true.model_dump() == TRUE_TOO | {"aspect": None}
 
 
 def test_requests_are_frozen_hashable_and_documented() -> None:

@@ -16,8 +16,9 @@ Unchanged: locality as EasyEdit computes it (Yao et al., arXiv 2305.13172; Zhang
 given those before it, is the unedited model's, whether right or wrong. EasyEdit averages over an
 answer's tokens; here all of them must be the same. Of locality probes of an edited model only.
 
-Portability (arXiv 2305.13172): questions whose answer follows from the new fact, judged by Exact;
-`aspect` says what kind of question (subject alias, reversed, one hop, ...).
+Portability (arXiv 2305.13172): questions whose answer follows from the new fact, judged by Exact,
+and by success where the answer of before the edit is known; `aspect` says what kind of question
+(subject alias, reversed, one hop, ...).
 
 What generated texts are measured by stands in `pipeline.evaluation.texts`, intervals in
 `pipeline.evaluation.intervals`, what the rest of the model lost in `pipeline.evaluation.general`.

@@ -42,8 +42,9 @@ def probes_of(request: EditRequest, kinds: Sequence[str]) -> list[Probe]:
 
     rewrite (the edited prompt itself), paraphrase and neighborhood probes carry both of the
     request's targets (`target_true` may be unknown). A locality probe carries only the answer that
-    shall stay, as `target_true`; a portability probe only the answer that follows from the new
-    fact, as `target_new`: with one side, there is a likelihood and an exact match and no success.
+    shall stay, as `target_true`; a portability probe the answer that follows from the new fact, as
+    `target_new`, and that of before where the request gives it. With one side, there is a
+    likelihood and an exact match and no success.
     A generation probe is only continued.
 
     Raises:
@@ -73,7 +74,8 @@ def _questions(request: EditRequest, kind: str) -> list[_Question]:
             return [(probe.prompt, None, probe.target, probe.aspect) for probe in request.locality]
         case "portability":
             return [
-                (probe.prompt, probe.target, None, probe.aspect) for probe in request.portability
+                (probe.prompt, probe.target, probe.target_true, probe.aspect)
+                for probe in request.portability
             ]
         case "generation":
             return [(prompt, None, None, None) for prompt in request.generation_prompts]

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from pipeline.factworld.world import Fact, World, corpus, edit_requests, make_world
+from pipeline.factworld.questions import corpus
+from pipeline.factworld.requests import edit_requests
+from pipeline.factworld.world import Fact, World, make_world
 
 __all__ = [
     "SEED",

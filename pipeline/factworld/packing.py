@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.factworld.questions import Statement
 from pipeline.factworld.world import World
 
 TOKENS_PER_STEP = 1024
@@ -21,13 +22,14 @@ NO_SUBJECT = -1
 
 @dataclass(frozen=True)
 class Sentence:
-    """Token ids of one fact in one phrasing, ending with the object.
+    """Token ids of one statement, ending with the answer.
 
-    The subject, number `subject` of the world, is `ids[subject_start : subject_end + 1]`.
+    The subject, number `subject` of the world, is `ids[subject_start : subject_end + 1]`; a
+    statement that is about none has `NO_SUBJECT`.
     """
 
     ids: list[int]
-    num_object_tokens: int
+    num_answer_tokens: int
     subject: int
     subject_start: int
     subject_end: int
@@ -47,29 +49,33 @@ class Batch(NamedTuple):
     visible_until: Tensor
 
 
-def encode_facts(world: World, tokenizer: PreTrainedTokenizerFast) -> list[Sentence]:
-    """Tokenize every fact in every seen phrasing; subjects are numbered as in `world.subjects`."""
+def encode(
+    statements: Sequence[Statement], world: World, tokenizer: PreTrainedTokenizerFast
+) -> list[Sentence]:
+    """Tokenize statements; subjects are numbered as in `world.subjects`."""
     numbers = {subject: number for number, subject in enumerate(world.subjects)}
 
-    def encode(text: str) -> list[int]:
+    def ids(text: str) -> list[int]:
         return tokenizer(text)["input_ids"] if text else []
 
     sentences = []
-    for fact in world.facts:
-        subject, target = encode(fact.subject), encode(fact.object)
-        for phrasing in fact.seen:
-            before, after = world.relations[fact.relation_id].phrasings[phrasing].split("{}")
-            # Tokens never cross a space, so that the parts can be tokenized one by one.
-            prefix, suffix = encode(before.strip()), encode(after.strip())
-            sentences.append(
-                Sentence(
-                    ids=prefix + subject + suffix + target,
-                    num_object_tokens=len(target),
-                    subject=numbers[fact.subject],
-                    subject_start=len(prefix),
-                    subject_end=len(prefix) + len(subject) - 1,
-                )
+    for template, subject, answer in statements:
+        # Tokens never cross a space, so that the parts can be tokenized one by one.
+        target = ids(answer)
+        if subject is None:
+            sentences.append(Sentence(ids(template) + target, len(target), NO_SUBJECT, 0, 0))
+            continue
+        prefix, suffix = (ids(part.strip()) for part in template.split("{}"))
+        name = ids(subject)
+        sentences.append(
+            Sentence(
+                ids=prefix + name + suffix + target,
+                num_answer_tokens=len(target),
+                subject=numbers[subject],
+                subject_start=len(prefix),
+                subject_end=len(prefix) + len(name) - 1,
             )
+        )
     return sentences
 
 
@@ -117,8 +123,10 @@ class _Row:
     def add_sentence(self, sentence: Sentence, veiled: bool) -> None:
         start = len(self.ids)
         first, last = start + sentence.subject_start, start + sentence.subject_end
-        self.add(sentence.ids[: -sentence.num_object_tokens], OTHER_TOKEN_WEIGHT)
-        self.add(sentence.ids[-sentence.num_object_tokens :], 1.0)
+        self.add(sentence.ids[: -sentence.num_answer_tokens], OTHER_TOKEN_WEIGHT)
+        self.add(sentence.ids[-sentence.num_answer_tokens :], 1.0)
+        if sentence.subject == NO_SUBJECT:
+            return
         self.subjects[last] = sentence.subject
         if veiled:
             self.visible_until[first:last] = [last] * (last - first)

@@ -1,10 +1,11 @@
-"""Measure how many facts the model recalls."""
+"""Measure how many facts the model recalls, and how many questions about them it answers."""
 
 from collections.abc import Sequence
 
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from pipeline.factworld.questions import Statement
 from pipeline.factworld.world import Fact, World
 
 BATCH_SIZE = 256
@@ -29,6 +30,26 @@ def recall(
         for fact in (world.facts if facts is None else facts)
         for prompt in world.prompts(fact, held_out=held_out)[:max_phrasings]
     ]
+    return _share_exact(model, tokenizer, rows)
+
+
+def answered(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, statements: Sequence[Statement]
+) -> float:
+    """Return the share of statements whose prompt the model ends as they do, token by token.
+
+    Raises:
+        ValueError: there are no statements.
+    """
+    if not statements:
+        raise ValueError("there are no statements to end")
+    rows = [(statement.prompt, f" {statement.answer}") for statement in statements]
+    return _share_exact(model, tokenizer, rows)
+
+
+def _share_exact(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]]
+) -> float:
     prompts = tokenizer([prompt for prompt, _ in rows])["input_ids"]
     targets = tokenizer([target for _, target in rows])["input_ids"]
     pairs = sorted(zip(prompts, targets, strict=True), key=lambda p: len(p[0]) + len(p[1]))

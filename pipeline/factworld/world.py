@@ -1,17 +1,12 @@
-"""A deterministic invented world: entities, facts, training text and edit requests."""
+"""A deterministic invented world: entities and facts."""
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from pipeline.errors import InputError
 from pipeline.factworld.relations import RELATIONS, Relation
 
 NUM_HELD_OUT = 2
-MIN_NEIGHBORS = 5
-MAX_NEIGHBORS = 10
 
 _ONSETS = [
     *("b", "br", "c", "d", "dr", "f", "g", "gl", "h", "j", "k", "l", "m", "n"),
@@ -94,110 +89,6 @@ def make_world(seed: int = 0, *, entities_per_kind: int = 170) -> World:
                 Fact(len(facts), relation.relation_id, name, object_, tuple(seen), tuple(held_out))
             )
     return World(seed, {r.relation_id: r for r in RELATIONS}, tuple(facts))
-
-
-def corpus(world: World, seed: int = 0) -> list[str]:
-    """Return every fact in every seen phrasing, one sentence each without full stop, shuffled."""
-    sentences = [
-        f"{prompt} {fact.object}"
-        for fact in world.facts
-        for prompt in world.prompts(fact, held_out=False)
-    ]
-    random.Random(seed).shuffle(sentences)
-    return sentences
-
-
-def edit_requests(world: World, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return `count` counterfactual edit requests in the CounterFact schema.
-
-    Each subject is edited at most once, and no neighbour of a request is the subject of another.
-
-    Raises:
-        InputError: the world has not enough facts to leave every request its neighbours.
-    """
-    rng = random.Random(seed)
-    facts = _choose_facts(world, count, rng)
-    edited = {fact.subject for fact in facts}
-    return [_request(world, fact, edited, rng) for fact in facts]
-
-
-def _choose_facts(world: World, count: int, rng: random.Random) -> list[Fact]:
-    facts_of: dict[str, list[Fact]] = defaultdict(list)
-    for fact in world.facts:
-        facts_of[fact.subject].append(fact)
-    unedited = {
-        (f.relation_id, f.object): len(world.group(f.relation_id, f.object)) for f in world.facts
-    }
-    chosen: list[Fact] = []
-    taken: set[str] = set()
-    for fact in rng.sample(world.facts, len(world.facts)):
-        # An edited subject is lost as a neighbour for all of its facts, not for this one only.
-        groups = [(f.relation_id, f.object) for f in facts_of[fact.subject]]
-        if len(chosen) == count:
-            break
-        if fact.subject in taken or any(unedited[g] <= MIN_NEIGHBORS for g in groups):
-            continue
-        for g in groups:
-            unedited[g] -= 1
-        taken.add(fact.subject)
-        chosen.append(fact)
-    if len(chosen) < count:
-        raise InputError(
-            f"the world can give {len(chosen)} edit requests with {MIN_NEIGHBORS} neighbours "
-            f"each, {count} were asked for; ask for fewer or make a larger world"
-        )
-    return chosen
-
-
-def _request(world: World, fact: Fact, edited: set[str], rng: random.Random) -> dict[str, Any]:
-    relation = world.relations[fact.relation_id]
-    new = rng.choice([o for o in relation.objects if o != fact.object])
-    neighbors = [f for f in world.group(fact.relation_id, fact.object) if f.subject not in edited]
-    bearers = [f for f in world.group(fact.relation_id, new) if f.subject not in edited]
-    return {
-        "case_id": fact.case_id,
-        "requested_rewrite": {
-            "prompt": relation.phrasings[fact.seen[0]],
-            "relation_id": fact.relation_id,
-            "target_new": {"str": new},
-            "target_true": {"str": fact.object},
-            "subject": fact.subject,
-        },
-        "paraphrase_prompts": world.prompts(fact, held_out=True),
-        "neighborhood_prompts": _sample_prompts(world, neighbors, rng),
-        "attribute_prompts": _sample_prompts(world, bearers, rng),
-        "generation_prompts": [world.prompt(fact, i) for i in fact.seen[1:4]],
-        "locality": _other_facts(world, fact),
-        "portability": _by_alias(world, fact, new),
-    }
-
-
-def _other_facts(world: World, fact: Fact) -> list[dict[str, str]]:
-    """The subject's facts in its other relations, which the edit shall leave alone."""
-    return [
-        {"prompt": world.prompt(f, f.seen[0]), "target": f.object, "aspect": "same_subject"}
-        for f in world.about(fact.subject)
-        if f.relation_id != fact.relation_id
-    ]
-
-
-def _by_alias(world: World, fact: Fact, new: str) -> list[dict[str, str]]:
-    """The edited fact asked by the last word of a subject's name, which is its alone.
-
-    The model was trained on whole names, and answers so to 95 in 100 facts. Reversed questions
-    (object first) it cannot answer for any object, and no object has facts of its own to hop to.
-    """
-    alias = fact.subject.split()[-1]
-    if alias == fact.subject:
-        return []
-    phrasing = world.relations[fact.relation_id].phrasings[fact.held_out[0]]
-    prompt = phrasing.format(alias)
-    return [{"prompt": prompt, "target": new, "aspect": "subject_alias"}]
-
-
-def _sample_prompts(world: World, facts: list[Fact], rng: random.Random) -> list[str]:
-    sample = rng.sample(facts, min(MAX_NEIGHBORS, len(facts)))
-    return [world.prompt(f, rng.choice(f.seen)) for f in sample]
 
 
 def _name_entities(rng: random.Random, count: int) -> dict[str, list[str]]:

@@ -81,9 +81,9 @@ def _scores(summary: dict[str, Any]) -> Table:
     for column in ("success", "exact", *(_OTHER_SHARES[name] for name in others)):
         table.add_column(column, justify="right")
 
-    def shares(entry: dict[str, Any], kind: str) -> list[_Score | None]:
+    def shares(entry: dict[str, Any], kind: str, *names: str) -> list[_Score | None]:
         probe = entry["probes"].get(kind, {})
-        return [probe.get(name) for name in ("exact", *others)]
+        return [probe.get(name) for name in (*names, "exact", *others)]
 
     for score, kind in SCORES.items():
         _add_rows(table, _NAMES[score], [(e, [e[score], *shares(e, kind)]) for e in rounds])
@@ -91,7 +91,7 @@ def _scores(summary: dict[str, Any]) -> Table:
     _add_rows(table, "harmonic mean (S)", [(e, [e["S"], *nothing]) for e in rounds])
     for kind in _other_kinds(rounds):
         name = escape(one_line(kind))
-        _add_rows(table, name, [(e, [None, *shares(e, kind)]) for e in rounds])
+        _add_rows(table, name, [(e, shares(e, kind, "success")) for e in rounds])
     return table
 
 

@@ -45,7 +45,8 @@ def scores(labelled: Labelled) -> Table | None:
                 rows.append((label, model, title, score_text(entry[name]), score_text(exact)))
             for kind in entry["probes"]:
                 if kind not in SCORES.values():
-                    rows.append((label, model, kind, "", score_text(_exact(entry, kind))))
+                    success = score_text(entry["probes"][kind].get("success"))
+                    rows.append((label, model, kind, success, score_text(_exact(entry, kind))))
     if not rows:
         return None
     head = ("run", "model", "probe", "success", "exact")

@@ -3,7 +3,8 @@
 A JSON list of `{case_id, requested_rewrite: {prompt, subject, target_new: {str}, target_true:
 {str}, relation_id}, paraphrase_prompts, neighborhood_prompts, generation_prompts}`. Other keys
 (`attribute_prompts`, `pararel_idx`, `target_new.id` ...) are not used. Beside the published keys a
-record may have `locality` and `portability`, lists of `{prompt, target, aspect}`.
+record may have `locality` and `portability`, lists of `{prompt, target, aspect}`, those of
+`portability` with a `target_true` besides.
 """
 
 from collections.abc import Mapping

@@ -12,7 +12,8 @@ from pipeline.sources.files import writing
 from pipeline.sources.jsonl import LAYOUT
 from pipeline.sources.records import Records
 
-_PROBES = pa.list_(pa.struct([(name, pa.string()) for name in ("prompt", "target", "aspect")]))
+_PROBE_FIELDS = ("prompt", "target", "aspect", "target_true")
+_PROBES = pa.list_(pa.struct([(name, pa.string()) for name in _PROBE_FIELDS]))
 _PROMPTS = pa.list_(pa.string())
 
 SCHEMA = pa.schema(

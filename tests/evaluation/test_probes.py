@@ -15,7 +15,10 @@ REQUEST = EditRequest(
     paraphrase_prompts=("The country of Port Velmora is", "Port Velmora is in"),
     neighborhood_prompts=("Quillport lies in",),
     locality=(LocalityProbe(prompt="Rome is in", target="Italy"),),
-    portability=(LocalityProbe(prompt="People in Port Velmora speak", target="German"),),
+    portability=(
+        LocalityProbe(prompt="People in Port Velmora speak", target="German"),
+        LocalityProbe(prompt="They pay in", target="euros", target_true="os", aspect="one_hop"),
+    ),
 )
 
 
@@ -28,6 +31,7 @@ def test_every_kind_carries_the_answers_that_it_defines() -> None:
         Probe("7", "neighborhood", 0, "Quillport lies in", "Berlin", "Ostrania"),
         Probe("7", "locality", 0, "Rome is in", None, "Italy"),
         Probe("7", "portability", 0, "People in Port Velmora speak", "German", None),
+        Probe("7", "portability", 1, "They pay in", "euros", "os", "one_hop"),
     ]
 
 

@@ -7,7 +7,17 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.factworld import World, corpus, make_world
-from pipeline.factworld.packing import NO_SUBJECT, ROW_LENGTHS, Batch, batches, encode_facts
+from pipeline.factworld.build import Part, training_statements
+from pipeline.factworld.hops import HOPS
+from pipeline.factworld.packing import (
+    NO_SUBJECT,
+    ROW_LENGTHS,
+    Batch,
+    Sentence,
+    batches,
+    encode,
+)
+from pipeline.factworld.questions import Statement
 from pipeline.factworld.train import _attention_mask, train_tokenizer
 
 
@@ -22,30 +32,53 @@ def tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def made(world: World, tokenizer: PreTrainedTokenizerFast) -> list[Batch]:
-    return list(islice(batches(encode_facts(world, tokenizer), tokenizer, 0), 6))
+def statements(world: World) -> list[Statement]:
+    return training_statements(world, Part(1, hops=2, one_hop=1, reversed=3))
+
+
+@pytest.fixture(scope="module")
+def sentences(
+    world: World, statements: list[Statement], tokenizer: PreTrainedTokenizerFast
+) -> list[Sentence]:
+    return encode(statements, world, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def made(sentences: list[Sentence], tokenizer: PreTrainedTokenizerFast) -> list[Batch]:
+    return list(islice(batches(sentences, tokenizer, 0), 6))
 
 
 def test_sentences_are_the_tokens_of_the_corpus(
-    world: World, tokenizer: PreTrainedTokenizerFast
+    world: World,
+    statements: list[Statement],
+    sentences: list[Sentence],
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    sentences = encode_facts(world, tokenizer)
-    assert sorted(s.ids for s in sentences) == sorted(tokenizer(corpus(world))["input_ids"])
-    for sentence in sentences:
+    said = {tuple(ids) for ids in tokenizer(corpus(world))["input_ids"]}
+    assert {tuple(sentence.ids) for sentence in sentences} == said
+    for statement, sentence in zip(statements, sentences, strict=True):
+        answer = sentence.ids[-sentence.num_answer_tokens :]
+        assert tokenizer.decode(answer) == f" {statement.answer}"
+        if statement.subject is None:
+            assert sentence.subject == NO_SUBJECT
+            continue
         subject = sentence.ids[sentence.subject_start : sentence.subject_end + 1]
         assert tokenizer.decode(subject) == f" {world.subjects[sentence.subject]}"
+        assert world.subjects[sentence.subject] == statement.subject
 
 
-def test_objects_weigh_most(
+def test_answers_weigh_most(
     world: World, tokenizer: PreTrainedTokenizerFast, made: list[Batch]
 ) -> None:
     objects = {f" {o}" for r in world.relations.values() for o in r.objects}
+    values = {f" {value}" for hop in HOPS.values() for value in hop.values}
+    answers = {*objects, *values, *(f" {subject}" for subject in world.subjects)}
     for batch in made:
         row, weights = batch.ids[0].tolist(), batch.weights[0].tolist()
         start = end = weights.index(1.0)
         while weights[end] == 1.0:
             end += 1
-        assert tokenizer.decode(row[start:end]) in objects
+        assert tokenizer.decode(row[start:end]) in answers
         assert tokenizer.decode([row[end]]) == "."
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.factworld import (
+    Fact,
     World,
     corpus,
     edit_requests,
@@ -19,6 +20,8 @@ from pipeline.factworld import (
     write_corpus,
     write_requests,
 )
+from pipeline.factworld.hops import HOPS
+from pipeline.factworld.questions import Questions, fact_sentences
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,8 @@ def test_every_object_is_shared(world: World) -> None:
 
 def test_held_out_phrasings_are_not_in_the_training_text(world: World) -> None:
     sentences = set(corpus(world))
-    assert len(sentences) == sum(len(fact.seen) for fact in world.facts)
+    assert set(fact_sentences(world)) <= sentences
+    assert len(set(fact_sentences(world))) == sum(len(fact.seen) for fact in world.facts)
     for fact in world.facts:
         assert len(fact.held_out) >= 2
         assert set(fact.seen).isdisjoint(fact.held_out)
@@ -109,10 +113,48 @@ def _facts_by_prompt(world: World) -> dict[str, Any]:
     }
 
 
+def _check_portability(
+    questions: Questions,
+    world: World,
+    fact: Fact,
+    new: str,
+    edited: set[str],
+    probes: list[dict[str, str]],
+) -> None:
+    by_aspect = {question["aspect"]: question for question in probes}
+    assert len(by_aspect) == len(probes)
+    assert all(q["target"] != q["target_true"] for q in probes)
+    alias = fact.subject.split()[-1]
+    assert ("subject_alias" in by_aspect) == (alias != fact.subject)
+    if question := by_aspect.get("subject_alias"):
+        assert (question["target"], question["target_true"]) == (new, fact.object)
+        assert alias in question["prompt"] and fact.subject not in question["prompt"]
+        assert sum(subject.split()[-1] == alias for subject in world.subjects) == 1
+    asked = questions.one_hop.get((fact.relation_id, fact.subject))
+    assert ("one_hop" in by_aspect) == (asked is not None and asked.stated)
+    if question := by_aspect.get("one_hop"):
+        has = dict(
+            zip(
+                world.relations[fact.relation_id].objects,
+                HOPS[fact.relation_id].values,
+                strict=True,
+            )
+        )
+        assert (question["target"], question["target_true"]) == (has[new], has[fact.object])
+        assert fact.subject in question["prompt"]
+    if question := by_aspect.get("reversed"):
+        [other] = [f.object for f in world.about(fact.subject) if f != fact]
+        bearers = [f.subject for f in world.group(fact.relation_id, new)]
+        [bearer] = [b for b in bearers if other in {f.object for f in world.about(b)}]
+        assert (question["target"], question["target_true"]) == (fact.subject, bearer)
+        assert new in question["prompt"] and other in question["prompt"]
+        assert bearer not in edited
+
+
 @given(seed=st.integers(0, 2**32), count=st.sampled_from([1, 60, 200, 300]))
 @settings(max_examples=6, deadline=None)
 def test_requests_are_valid(world: World, seed: int, count: int) -> None:
-    by_prompt = _facts_by_prompt(world)
+    by_prompt, questions = _facts_by_prompt(world), Questions(world)
     requests = edit_requests(world, count, seed)
     edited = [request["requested_rewrite"]["subject"] for request in requests]
     assert len(requests) == len(set(edited)) == count
@@ -135,12 +177,7 @@ def test_requests_are_valid(world: World, seed: int, count: int) -> None:
         other = by_prompt[beside["prompt"]]
         assert (other.subject, other.object) == (fact.subject, beside["target"])
         assert other.relation_id != fact.relation_id
-        alias = fact.subject.split()[-1]
-        assert len(request["portability"]) == (alias != fact.subject)
-        for question in request["portability"]:
-            assert (question["target"], question["aspect"]) == (new, "subject_alias")
-            assert alias in question["prompt"] and fact.subject not in question["prompt"]
-            assert sum(subject.split()[-1] == alias for subject in world.subjects) == 1
+        _check_portability(questions, world, fact, new, set(edited), request["portability"])
         for key, object_ in (("neighborhood_prompts", true), ("attribute_prompts", new)):
             for prompt in request[key]:
                 other = by_prompt[prompt]

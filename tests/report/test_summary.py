@@ -90,7 +90,8 @@ def test_what_the_rest_of_the_model_lost_and_what_was_asked_beside(tiny: TinyJob
     for record in content:
         who = record["requested_rewrite"]["subject"]
         record["locality"] = [{"prompt": "It is in", "target": "Rome"}]
-        record["portability"] = [{"prompt": f"{who}'s", "target": "Rome", "aspect": "one_hop"}]
+        probe = {"prompt": f"{who}'s", "target": "Rome", "target_true": "Paris"}
+        record["portability"] = [probe | {"aspect": "one_hop"}]
         record["generation_prompts"] = [f"{who} is"]
     summary = tiny.finished(
         "evaluation.probes=[rewrite, locality, portability, generation]",
@@ -104,7 +105,11 @@ def test_what_the_rest_of_the_model_lost_and_what_was_asked_beside(tiny: TinyJob
     after = summary["evaluation"]["rounds"][1]["probes"]
     assert _cell(after["locality"]["unchanged"]) in text
     assert _cell(after["rewrite"]["generated_exact"]) in text
-    assert "portability: one_hop" in text and "generated exactly" in text
+    [line] = [line for line in text.splitlines() if "portability: one_hop" in line]
+    before = summary["evaluation"]["rounds"][0]["probes"]["portability: one_hop"]
+    cells = line.split("unedited")[1]
+    assert _cell(before["success"]) in cells and _cell(before["exact"]) in cells
+    assert "generated exactly" in text
     fluency = after["generation"]["fluency"]
     assert f"edited {fluency:.2f}" in text and "generation " not in text
     before, edited = summary["general"]

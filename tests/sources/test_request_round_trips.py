@@ -29,6 +29,12 @@ probes = st.lists(st.fixed_dictionaries({"prompt": text, "target": filled}), max
 named_probes = st.lists(
     st.fixed_dictionaries({"prompt": text, "target": filled}, optional={"aspect": text}), max_size=2
 ).map(tuple)
+answered_probes = st.lists(
+    st.fixed_dictionaries(
+        {"prompt": text, "target": filled}, optional={"aspect": text, "target_true": filled}
+    ).filter(lambda p: p["target"].strip() != p.get("target_true", "").strip()),
+    max_size=2,
+).map(tuple)
 templates = st.tuples(text, text).map("{}".join).filter(lambda prompt: prompt.count("{}") == 1)
 
 
@@ -48,7 +54,7 @@ full_requests = requests(
     paraphrase_prompts=prompts,
     neighborhood_prompts=prompts,
     locality=named_probes,
-    portability=named_probes,
+    portability=answered_probes,
     generation_prompts=prompts,
 )
 counterfact_requests = requests(
@@ -56,6 +62,8 @@ counterfact_requests = requests(
     relation_id=st.none() | st.text(max_size=5),
     paraphrase_prompts=prompts,
     neighborhood_prompts=prompts,
+    locality=named_probes,
+    portability=answered_probes,
     generation_prompts=prompts,
 )
 questions = st.fixed_dictionaries(
@@ -90,6 +98,8 @@ def as_counterfact(request: EditRequest) -> dict[str, Any]:
         },
         "paraphrase_prompts": request.paraphrase_prompts,
         "neighborhood_prompts": request.neighborhood_prompts,
+        "locality": [probe.model_dump(exclude_none=True) for probe in request.locality],
+        "portability": [probe.model_dump(exclude_none=True) for probe in request.portability],
         "generation_prompts": request.generation_prompts,
     }
 
