@@ -151,7 +151,7 @@ def answers(
     `... rephrased`: the same in their held-out phrasings; `... inferred`: those that it answers in
     no phrasing.
     """
-    found = {}
+    found: dict[str, float] = {}
     for aspect in ("one_hop", "reversed"):
         of_aspect = [question for question in questions.all() if question.aspect == aspect]
         stated = [question for question in of_aspect if question.stated]
