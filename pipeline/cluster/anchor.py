@@ -7,7 +7,8 @@ import random
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.progress import PhaseProgress
-from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.scheduler import Scheduler
+from pipeline.cluster.shards import Shard
 from pipeline.errors import JobFailedError
 from pipeline.methods import mean_length
 from pipeline.requests import quote

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pipeline.cluster.scheduler import Shard
+from pipeline.cluster.shards import Shard
 from pipeline.requests import EditRequest
 
 # Enough shards to keep workers of unlike speed busy to the end, none too small for a batch.

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 
 from pipeline.cluster.progress import PhaseProgress
-from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.scheduler import Scheduler
+from pipeline.cluster.shards import Shard
 from pipeline.errors import InputError
 from pipeline.evaluation.general import combine, neutral_prompt
 from pipeline.requests import EditRequest

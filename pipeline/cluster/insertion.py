@@ -15,7 +15,8 @@ from pipeline.cluster.divergence import stop_or_warn
 from pipeline.cluster.engine import WorkerLostError
 from pipeline.cluster.past import PastGrams
 from pipeline.cluster.progress import PhaseProgress
-from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.scheduler import Scheduler
+from pipeline.cluster.shards import Shard
 from pipeline.cluster.tree import groups_of, sum_in_tree
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.update import Update, output_change

@@ -5,7 +5,8 @@ import functools
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.cluster.scheduler import Outcome, Shard
+from pipeline.cluster.scheduler import Outcome
+from pipeline.cluster.shards import Shard
 from pipeline.results.listing import TableKind
 from pipeline.results.schemas import SCHEMAS
 from pipeline.results.store import RunStore

@@ -20,7 +20,7 @@ from pipeline import factworld
 from pipeline.cluster.cutting import MOST_SHARDS, cut_by_subject, cut_shards
 from pipeline.cluster.general import held_out_texts
 from pipeline.cluster.rounds import UNTOUCHED, Rounds, cut_rounds
-from pipeline.cluster.scheduler import Shard
+from pipeline.cluster.shards import Shard
 from pipeline.errors import InputError
 from pipeline.evaluation.probes import Probe, probes_of
 from pipeline.methods import resolve_settings

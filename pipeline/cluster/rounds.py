@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline.cluster.scheduler import Shard
+from pipeline.cluster.shards import Shard
 from pipeline.errors import InputError
 from pipeline.evaluation.probes import Probe, probes_of
 from pipeline.requests import EditRequest

@@ -6,26 +6,18 @@ See docs/design.md, "Weights and versions".
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
+from pipeline.cluster.shards import Piece, PieceQueue, Shard
 from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Update
 from pipeline.errors import EditfleetError, JobFailedError, WeightVersionMismatchError
 from pipeline.results.timings import CallOutcome
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Consecutive items of a plan (requests, texts); `index` names its parts on disk."""
-
-    index: int
-    items: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -51,16 +43,6 @@ class Outcome:
     def survivors(self) -> tuple[Any, ...]:
         """The items that worked, in order."""
         return tuple(item for piece in self.done for item in piece.items)
-
-
-@dataclass
-class _Piece:
-    """A shard or a part of one, on its way."""
-
-    shard: Shard
-    start: int
-    items: tuple[Any, ...]
-    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +90,7 @@ class Scheduler:
         self.version = 0
         self._updates: list[tuple[int, Callable[[], Any]]] = []
         self._told: dict[str, Any] = {}
-        self._home: dict[tuple[str, int], int] = {}
+        self._home: dict[str, dict[int, int]] = {}
         self.observers: list[Callable[[Ended], None]] = []
 
     def run(
@@ -135,13 +117,14 @@ class Scheduler:
         Raises:
             JobFailedError: a shard was lost more often than `max_retries`.
         """
-        waiting = deque(_Piece(shard, 0, shard.items) for shard in shards)
+        pieces = (Piece(shard, 0, shard.items) for shard in shards)
+        waiting = PieceQueue(pieces, self._home.setdefault(method, {}))
         outcomes = {shard.index: Outcome(shard) for shard in shards}
-        under_way: dict[Call, _Piece] = {}
+        under_way: dict[Call, Piece] = {}
         idle = set(range(self.engine.num_workers))
         while waiting or under_way:
             while waiting and idle:
-                worker, piece = self._match(method, waiting, idle)
+                worker, piece = waiting.take(idle)
                 idle.discard(worker)
                 given = arguments(piece.shard, piece.items)
                 under_way[self.engine.submit(worker, method, *given, **settings)] = piece
@@ -224,24 +207,8 @@ class Scheduler:
         for observer in self.observers:
             observer(ended)
 
-    def _match(self, method: str, waiting: deque[_Piece], idle: set[int]) -> tuple[int, _Piece]:
-        """Choose a worker and a piece: one that is at home there, else one without a home."""
-        worker, position = min(idle), 0
-        for candidate in sorted(idle):
-            for place, piece in enumerate(waiting):
-                if self._home.get((method, piece.shard.index), candidate) == candidate:
-                    worker, position = candidate, place
-                    break
-            else:
-                continue
-            break
-        piece = waiting[position]
-        del waiting[position]
-        self._home[method, piece.shard.index] = worker
-        return worker, piece
-
     def _settle(
-        self, call: Call, piece: _Piece, waiting: deque[_Piece], outcome: Outcome, split: bool
+        self, call: Call, piece: Piece, waiting: PieceQueue, outcome: Outcome, split: bool
     ) -> CallOutcome:
         """Book a finished call, and say what came of it."""
         try:
@@ -253,7 +220,7 @@ class Scheduler:
                     f"shard {piece.shard.index} was lost {piece.retries + 1} times, the last time:"
                     f" {error}; the finished parts are kept"
                 ) from error
-            waiting.appendleft(replace(piece, retries=piece.retries + 1))
+            waiting.put_back(replace(piece, retries=piece.retries + 1))
             return "lost"
         except WeightVersionMismatchError:
             raise  # the driver's own mistake, whatever the items
@@ -266,9 +233,7 @@ class Scheduler:
         outcome.open -= 1
         return "done"
 
-    def _blame(
-        self, error: Exception, piece: _Piece, waiting: deque[_Piece], outcome: Outcome
-    ) -> None:
+    def _blame(self, error: Exception, piece: Piece, waiting: PieceQueue, outcome: Outcome) -> None:
         """Split a shard on which a call failed, or hold its one item responsible."""
         if len(piece.items) == 1:
             log.error(
@@ -288,7 +253,7 @@ class Scheduler:
         )
         middle = len(piece.items) // 2
         upper = replace(piece, start=piece.start + middle, items=piece.items[middle:])
-        waiting.extendleft([upper, replace(piece, items=piece.items[:middle])])
+        waiting.put_back(replace(piece, items=piece.items[:middle]), upper)
         outcome.open += 1
 
     def _insist(self, call: Call, method: str, args: Any, kwargs: Any) -> Any:

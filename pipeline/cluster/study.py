@@ -36,7 +36,8 @@ from pipeline.cluster.resume import (
     require_same_model,
 )
 from pipeline.cluster.rounds import BASELINE_ROUND
-from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.scheduler import Scheduler
+from pipeline.cluster.shards import Shard
 from pipeline.cluster.sharing import Sharing, take_over, unedited_key, values_key
 from pipeline.cluster.value_search import search_values, without
 from pipeline.cluster.worker import WorkerDescription

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.cluster.engine import Engine
-from pipeline.cluster.scheduler import Shard
+from pipeline.cluster.shards import Shard
 from pipeline.editing.sums import add_up, edits_for_sums, sum_keys
 
 # Parts that are added at one place: of more, the reducer would receive and add too many alone.

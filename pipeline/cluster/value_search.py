@@ -7,7 +7,8 @@ from itertools import chain
 from pipeline.cluster.outcomes import finite_values, num_items, shards_left
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.progress import PhaseProgress
-from pipeline.cluster.scheduler import Outcome, Scheduler, Shard
+from pipeline.cluster.scheduler import Outcome, Scheduler
+from pipeline.cluster.shards import Shard
 from pipeline.results.store import RunStore
 
 

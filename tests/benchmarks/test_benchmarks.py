@@ -16,6 +16,7 @@ from benchmarks import (
     reading,
     reduce,
     scaling,
+    scheduler,
     tracing,
     values,
 )
@@ -95,6 +96,14 @@ def test_scaling(model: list[str], tiny: TinyJobs) -> None:
         assert row[f"{phase}_seconds_64"] < row[f"{phase}_seconds_2"] < row[f"{phase}_seconds_1"]
     # So few probes are one shard.
     assert row["evaluation_seconds_64"] == row["evaluation_seconds_1"] > 0
+
+
+def test_scheduler(tmp_path: Path) -> None:
+    """Three shards for two workers, and a plan that is held."""
+    arguments = ["--workers", "2", "--edits", "40", "--requests", "50", "--results", str(tmp_path)]
+    row = scheduler.main(arguments)
+    assert row["shards"] == 3 and row["requests"] == 50
+    assert row["values_milliseconds"] > 0 and row["read_keys_again_milliseconds"] > 0
 
 
 def test_workers_take_the_next_piece_when_they_are_free() -> None:

@@ -20,7 +20,8 @@ from pipeline.cluster.engine import Call, WorkerLostError
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.ray_engine import RayEngine
 from pipeline.cluster.ray_hosts import RayGuest, RayHosts
-from pipeline.cluster.scheduler import Scheduler, Shard
+from pipeline.cluster.scheduler import Scheduler
+from pipeline.cluster.shards import Shard
 from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Update
 from pipeline.errors import InputError, JobFailedError, WeightVersionMismatchError

@@ -16,7 +16,8 @@ from pipeline import run_batch_edit
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.engine import Call, InProcessEngine, WorkerLostError
 from pipeline.cluster.plan import make_plan, probe_shards
-from pipeline.cluster.scheduler import Ended, Scheduler, Shard
+from pipeline.cluster.scheduler import Ended, Scheduler
+from pipeline.cluster.shards import Shard
 from pipeline.editing.update import Update
 from pipeline.errors import JobFailedError, WeightVersionMismatchError
 from pipeline.results import read

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cluster.scheduler import Shard
+from pipeline.cluster.shards import Shard
 from pipeline.cluster.tree import groups_of, sum_in_tree
 from pipeline.editing.sums import add_up, edits_for_sums, sum_keys
 from tests.cases import relative_error
