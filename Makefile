@@ -42,9 +42,10 @@ $(INSTALLED_SLOW): $(INSTALLED_TEST)
 quickstart: $(INSTALLED)
 	$(BIN)/editfleet quickstart
 
-# Two at a time with a thread each: most tests are tiny, and some wait for processes to start.
+# Two at a time with a thread each: most tests are tiny, and some wait for processes to start. In the
+# folders' order, since a file of one test may take minutes and shall not be left to the end.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED_SLOW)
 	$(BIN)/pytest -m slow

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
 CONTEXT_TOKENS = 10
 KL_TEMPLATE = "{} is a"
+_TEXTS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,21 @@ def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = True
 ) -> list[list[int]]:
     """Token ids of many texts; what a tokenizer makes besides would take half the time."""
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=add_special_tokens,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    return list(iter_token_ids(tokenizer, texts, add_special_tokens=add_special_tokens))
+
+
+def iter_token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = True
+) -> Iterator[list[int]]:
+    """The same one text after another: of a million texts, some thousands are held at a time."""
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        encoded = tokenizer(
+            list(texts[start : start + _TEXTS_AT_ONCE]),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        yield from encoded["input_ids"]
 
 
 def encode_targets(

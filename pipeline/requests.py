@@ -5,7 +5,7 @@ so that none disappears on the way to `edits/*.parquet`.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
@@ -167,7 +167,28 @@ class EditRequest(BaseModel):
         return start, start + len(self.subject)
 
 
-@dataclass(frozen=True)
+class StoredFields(Mapping[str, str | None]):
+    """A request's `STORED_FIELDS`, without a copy of them: a job may hold a million requests."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: EditRequest) -> None:
+        self._request = request
+
+    def __getitem__(self, name: str) -> str | None:
+        if name not in STORED_FIELDS:
+            raise KeyError(name)
+        value: str | None = getattr(self._request, name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(STORED_FIELDS)
+
+    def __len__(self) -> int:
+        return len(STORED_FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRow:
     """What became of one record of a request file."""
 
@@ -190,8 +211,7 @@ class RequestRow:
     @classmethod
     def accept(cls, row: int, source: str, request: EditRequest) -> "RequestRow":
         """The row of a valid request."""
-        fields = {name: getattr(request, name) for name in STORED_FIELDS}
-        return cls(row, source, request, "accepted", "", fields)
+        return cls(row, source, request, "accepted", "", StoredFields(request))
 
 
 def resolve_conflicts(rows: Iterable[RequestRow], on_conflict: OnConflict) -> list[RequestRow]:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import InputError
-from pipeline.requests import EditRequest, LocalityProbe, RequestRow, resolve_conflicts
+from pipeline.requests import (
+    STORED_FIELDS,
+    EditRequest,
+    LocalityProbe,
+    RequestRow,
+    resolve_conflicts,
+)
 
 GOOD: dict[str, Any] = {
     "case_id": "7",
@@ -32,6 +38,18 @@ def make(**changes: Any) -> EditRequest:
 
 def rows_of(*requests: EditRequest) -> list[RequestRow]:
     return [RequestRow.accept(row, "f.json", request) for row, request in enumerate(requests)]
+
+
+def test_a_row_shows_the_stored_fields_of_its_request() -> None:
+    """A view, not a copy; equal to the dictionary, and pickled with its request."""
+    request = make(target_true="Rome")
+    (row,) = rows_of(request)
+    fields = {name: getattr(request, name) for name in STORED_FIELDS}
+    assert row.fields == fields and dict(row.fields) == fields and len(row.fields) == len(fields)
+    assert row.fields["target_true"] == "Rome" and "prompt" in row.fields
+    with pytest.raises(KeyError):
+        row.fields["paraphrase_prompts"]
+    assert pickle.loads(pickle.dumps(row)) == row
 
 
 def statuses(rows: list[RequestRow]) -> list[str]:

@@ -25,7 +25,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.probes import Probe, probes_of
 from pipeline.methods import resolve_settings
 from pipeline.models.loading import load_config, load_tokenizer, resolve_path
-from pipeline.prompts import CONTEXT_TOKENS, token_ids
+from pipeline.prompts import CONTEXT_TOKENS, iter_token_ids
 from pipeline.requests import EditRequest, RequestRow, quote, resolve_conflicts
 from pipeline.sources import read_requests
 from pipeline.spec import JobSpec
@@ -180,8 +180,8 @@ def _by_length(
     What the value search carries counts first: the tokens after the subject, in every context.
     """
     texts = [r.text[r.subject_span[1] :] + " " + r.target_new for r in requests]
-    after = token_ids(tokenizer, texts)
-    before = token_ids(tokenizer, [r.text[: r.subject_span[1]] for r in requests])
+    after = iter_token_ids(tokenizer, texts)
+    before = iter_token_ids(tokenizer, [r.text[: r.subject_span[1]] for r in requests])
     lengths = [(len(a), len(b)) for a, b in zip(after, before, strict=True)]
     order = sorted(range(len(requests)), key=lambda i: lengths[i], reverse=True)
     return [requests[i] for i in order]
@@ -245,7 +245,7 @@ def _without_unknown(
     if unknown is None or not texts["subject"]:
         return rows
     found = {
-        name: iter(token_ids(tokenizer, found, add_special_tokens=False))
+        name: iter_token_ids(tokenizer, found, add_special_tokens=False)
         for name, found in texts.items()
     }
     return [_known(row, found, tokenizer) if row.request is not None else row for row in rows]

@@ -13,6 +13,7 @@ from pipeline.sources.jsonl import LAYOUT
 from pipeline.sources.records import Records
 
 _PROBE_FIELDS = ("prompt", "target", "aspect", "target_true")
+_ROWS_AT_ONCE = 1024
 _PROBES = pa.list_(pa.struct([(name, pa.string()) for name in _PROBE_FIELDS]))
 _PROMPTS = pa.list_(pa.string())
 
@@ -79,8 +80,8 @@ def check_columns(names: Sequence[str], path: str) -> None:
             raise InputError(f"{path}: column {name!r} is not a field of a request; {advice}")
 
 
-def to_records(table: pa.Table, path: str) -> list[object]:
-    """The rows of a table as dicts without their null cells.
+def to_records(table: pa.Table, path: str) -> Sequence[object]:
+    """The rows of a table as dicts without their null cells, made when they are asked for.
 
     Raises:
         InputError: there are no rows, or a cell is not valid UTF-8.
@@ -88,10 +89,34 @@ def to_records(table: pa.Table, path: str) -> list[object]:
     if not table.num_rows:
         raise InputError(f"{path}: holds no records; give at least one request")
     try:
-        rows = table.to_pylist()
-    except UnicodeDecodeError:
-        raise InputError(_undecodable_cell(table, path)) from None
-    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+        table.validate(full=True)
+    except pa.ArrowInvalid as error:
+        found = _undecodable_cell(table, path) or f"{path}: {_first_line(error)}; write it anew"
+        raise InputError(found) from None
+    return _Rows(table)
+
+
+class _Rows(Sequence[object]):
+    """A table's rows as Python objects; of a million, only some are there at a time."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self._start = 0
+        self._made: list[object] = []
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, row: int) -> object:  # type: ignore[override]
+        if not 0 <= row - self._start < len(self._made):
+            # Whoever reads on gets many at once; a shuffled reader needs each one alone.
+            reads_on = row == self._start + len(self._made)
+            rows = self._table.slice(row, _ROWS_AT_ONCE if reads_on else 1).to_pylist()
+            self._start = row
+            self._made = [
+                {key: value for key, value in found.items() if value is not None} for found in rows
+            ]
+        return self._made[row - self._start]
 
 
 def write_requests(rows: Iterable[EditRequest], path: str) -> None:
@@ -105,7 +130,7 @@ def write_requests(rows: Iterable[EditRequest], path: str) -> None:
         pq.write_table(table, path)
 
 
-def _undecodable_cell(table: pa.Table, path: str) -> str:
+def _undecodable_cell(table: pa.Table, path: str) -> str | None:
     """Say which cell of the table cannot be decoded; slow, so only asked when there is one."""
     for name in table.column_names:
         for row, cell in enumerate(table[name]):
@@ -116,7 +141,7 @@ def _undecodable_cell(table: pa.Table, path: str) -> str:
                     f"{path}: row {row}, field {name}: not valid UTF-8 at byte {error.start} "
                     "of the cell; write it as UTF-8"
                 )
-    raise AssertionError("every cell decodes, the table does not")
+    return None
 
 
 def _first_line(error: Exception) -> str:

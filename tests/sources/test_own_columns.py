@@ -152,6 +152,23 @@ def test_parquet_wrong_columns(tmp_path: Path, columns: dict[str, Any], words: s
     assert words in str(caught.value)
 
 
+def test_many_parquet_rows_in_any_order(tmp_path: Path) -> None:
+    """More than are made at a time; in row groups, in order, shuffled and from the middle on."""
+    count = 2500
+    columns = {key: [f"{value}{i}" for i in range(count)] for key, value in RECORD.items()}
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=700)
+    names = [f"a{i}" for i in range(count)]
+    rows = read_requests(path, "parquet")
+    assert [row.fields["case_id"] for row in rows] == names
+    assert all(row.request and row.request.target_new == f"alto{row.row}" for row in rows)
+    shuffled = read_requests(path, "parquet", shuffle_seed=1)
+    assert [row.fields["case_id"] for row in shuffled] == [f"a{row.row}" for row in shuffled]
+    assert sorted(row.row for row in shuffled) == list(range(count)) != [r.row for r in shuffled]
+    some = read_requests(path, "parquet", offset=1020, limit=10)
+    assert [row.fields["case_id"] for row in some] == names[1020:1030]
+
+
 def test_parquet_names_the_cell_that_is_not_utf8(tmp_path: Path) -> None:
     bad = pa.array([b"fine", b"abc\xff"], pa.binary()).view(pa.string())
     columns = {key: pa.array([f"{value}", f"{value}2"]) for key, value in RECORD.items()}
