@@ -11,10 +11,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from pipeline.watching import logs
 
@@ -103,6 +106,7 @@ class _Bar(Ticker):
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(f"({kept} kept)" if kept else ""),
+            _RateColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -120,6 +124,14 @@ class _Bar(Ticker):
 
     def advance(self, units: int) -> None:
         self.progress.advance(self.task, units)
+
+
+class _RateColumn(ProgressColumn):
+    """Units a second, those of an earlier run left out; blank before the first."""
+
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text("" if rate is None else f"{rate:,.1f}/s")
 
 
 class _Lines(Ticker):
