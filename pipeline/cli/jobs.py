@@ -15,7 +15,6 @@ from pipeline.cli.common import (
     print_line,
 )
 from pipeline.cli.ending import leave, log_to_trackers, write_reports
-from pipeline.errors import InputError
 from pipeline.printable import one_line
 from pipeline.signals import raising_stopped
 from pipeline.spec import JobSpec, load_spec
@@ -172,27 +171,39 @@ def plan(
 ) -> None:
     """Say what a job edits, and estimate its time, memory and bytes moved; no weights are loaded.
 
-    Exits with 1 where a worker has less memory than it needs (docs/plan.md).
+    A spec with `compare` is planned study by study. Exits with 1 where a worker has less memory
+    than it needs (docs/plan.md).
     """
     from pipeline.cluster.plan import make_plan
     from pipeline.planning.estimate import make_estimate, worker_counts
-    from pipeline.planning.memory import worker_share
-    from pipeline.report.plan import plan_tables, shortage
+    from pipeline.planning.memory import side_by_side, worker_share
+    from pipeline.report.plan import comparison_seconds, plan_tables, shortage
     from pipeline.results.planned import write_estimate
+    from pipeline.spec.variants import variants
 
     console = make_console()
     job = load_spec(spec, overrides)
+    rate, source = (None, "measured") if gflops is None else (gflops * 1e9, "given")
+    found = [make_plan(one) for one in ([job] if job.compare is None else variants(job))]
+    counts = worker_counts(found[0].spec)
+    estimates = {}
+    for study in found:
+        estimate = make_estimate(study, rate=rate, steps=steps, gigabits=gigabits, workers=counts)
+        # Measured once, so that all studies are planned for the same machine.
+        rate = estimate.rate
+        path = study.spec.run_path
+        estimates[path.name] = estimate.model_copy(update={"rate_source": source})
+        if job.compare is not None:
+            print_line(console, f"study {path.name}")
+        console.print(plan_tables(study, estimates[path.name]))
+        if save:
+            print_line(console, f"plan: {write_estimate(path, estimates[path.name])}")
     if job.compare is not None:
-        raise InputError("compare: one study is planned at a time; set compare to null")
-    found = make_plan(job)
-    counts = worker_counts(found.spec)
-    rate = None if gflops is None else gflops * 1e9
-    estimate = make_estimate(found, rate=rate, steps=steps, gigabits=gigabits, workers=counts)
-    console.print(plan_tables(found, estimate))
-    if save:
-        print_line(console, f"plan: {write_estimate(found.spec.run_path, estimate)}")
-    has = worker_share(found.spec) if worker_memory is None else worker_memory * 1e9
-    if has is not None and (problem := shortage(estimate, has)):
+        print_line(console, "seconds of all studies side by side, at most, by workers:")
+        console.print(comparison_seconds(estimates))
+    memory = side_by_side([estimate.memory for estimate in estimates.values()])
+    has = worker_share(found[0].spec) if worker_memory is None else worker_memory * 1e9
+    if has is not None and (problem := shortage(memory, has)):
         typer.echo(one_line(f"editfleet: {problem}"), err=True)
         raise typer.Exit(EXIT_FAILED)
 

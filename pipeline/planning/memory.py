@@ -1,7 +1,7 @@
 """Bytes that a worker, the reducer and the driver need, from the model's shapes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ BASE_BYTES = 475_000_000
 _REQUEST_BYTES = 8000
 """A request with its dozen probes as Python objects, texts and all; an assumption."""
 _WIDE, _DOUBLE = 4, 8
+_EDITED = "copies of edited weights"
 
 
 def estimate_memory(
@@ -54,7 +55,7 @@ def estimate_memory(
         "process": BASE_BYTES,
         "weights": model.num_parameters * item,
         # The pristine weight, all updates' sum in float32, and one update on its way in.
-        "copies of edited weights": d * (sum(sizes) * (item + _WIDE) + largest * _DOUBLE),
+        _EDITED: d * (sum(sizes) * (item + _WIDE) + largest * _DOUBLE),
         "activations of a value batch": activations,
         "hidden states and keys": int(min(kept, plan.spec.cluster.hidden_states_gb * 1e9)),
     }
@@ -75,6 +76,24 @@ def estimate_memory(
         "values": round_edits * d * _WIDE,
     }
     return Memory(worker=worker, reducer=reducer, driver=driver)
+
+
+def side_by_side(studies: Sequence[Memory]) -> Memory:
+    """What studies that share their workers need: each has edited weights and a reducer of its own.
+
+    A worker makes one call at a time, and one driver makes all studies.
+    """
+
+    def largest(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: max(part.get(name, 0) for part in parts) for name in names}
+
+    worker = largest([study.worker for study in studies])
+    worker[_EDITED] = sum(study.worker[_EDITED] for study in studies)
+    driver = largest([study.driver for study in studies])
+    return Memory(
+        worker=worker, reducer=largest([study.reducer for study in studies]), driver=driver
+    )
 
 
 def _kept(sizes: Sequence[int]) -> int:

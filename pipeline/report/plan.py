@@ -1,7 +1,7 @@
 """A plan for people: what is edited, and what it is estimated to take."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline.cluster.plan import Plan
 from pipeline.planning.memory import BASE_BYTES
 from pipeline.printable import one_line
-from pipeline.results.planned import Estimate
+from pipeline.results.planned import Estimate, Memory
 
 
 def plan_tables(plan: Plan, estimate: Estimate) -> RenderableType:
@@ -19,9 +19,50 @@ def plan_tables(plan: Plan, estimate: Estimate) -> RenderableType:
                  _moved(estimate))  # fmt: skip
 
 
-def shortage(estimate: Estimate, worker_bytes: float) -> str | None:
+def comparison_seconds(estimates: Mapping[str, Estimate]) -> Table:
+    """What studies take side by side: at most as long as one after another.
+
+    Args:
+        estimates: of every study, by its name; all for the same numbers of workers.
+    """
+    counts = list(next(iter(estimates.values())).seconds)
+    shared = {
+        workers: {
+            phase: max(found.seconds[workers].get(phase, 0.0) for found in estimates.values())
+            for phase in _SHARED
+        }
+        for workers in counts
+    }
+    own = {
+        name: {
+            workers: sum(s for phase, s in found.seconds[workers].items() if phase not in _SHARED)
+            for workers in counts
+        }
+        for name, found in estimates.items()
+    }
+    table = Table()
+    table.add_column("study")
+    for workers in counts:
+        table.add_column(str(workers), justify="right")
+    for phase in _SHARED:
+        table.add_row(f"{phase}, once", *(_number(shared[workers][phase]) for workers in counts))
+    for name, seconds in own.items():
+        table.add_row(one_line(name), *(_number(seconds[workers]) for workers in counts))
+    table.add_section()
+    totals = [
+        sum(shared[workers].values()) + sum(seconds[workers] for seconds in own.values())
+        for workers in counts
+    ]
+    table.add_row("all", *map(_number, totals))
+    return table
+
+
+_SHARED = ("start", "covariance", "baseline")
+
+
+def shortage(memory: Memory, worker_bytes: float) -> str | None:
     """What is wrong where a worker has less memory than it needs; None where it has enough."""
-    need, weights = estimate.memory.worker_bytes, estimate.memory.worker["weights"]
+    need, weights = memory.worker_bytes, memory.worker["weights"]
     if need <= worker_bytes:
         return None
     has = f"a worker has {_size(worker_bytes)}"

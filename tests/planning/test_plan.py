@@ -6,16 +6,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import run_batch_edit
+from pipeline import load_spec, run_batch_edit
 from pipeline.cli import main
+from pipeline.cluster.comparison import run_comparison
 from pipeline.cluster.plan import make_plan
 from pipeline.errors import InputError, ResultsDamagedError
 from pipeline.models.editable import EditableModel
 from pipeline.planning.estimate import make_estimate
 from pipeline.planning.flops import ModelSize
+from pipeline.planning.memory import side_by_side
 from pipeline.planning.outline import outline
 from pipeline.planning.rates import crossing_seconds, rate_as_busy
 from pipeline.report.page import write_report
+from pipeline.report.plan import comparison_seconds
 from pipeline.results.planned import read_estimate, write_estimate
 from pipeline.spec import ModelSpec
 from tests.tiny_jobs import TinyJobs, records
@@ -89,3 +92,38 @@ def test_the_command_and_the_report_of_a_planned_run(
     (run / "plan.json").write_text("{}")
     with pytest.raises(ResultsDamagedError, match=r"plan\.json: rate: Field required"):
         read_estimate(run)
+
+
+def test_studies_are_planned_one_by_one_and_added_up(
+    tiny: TinyJobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny.settings(tmp_path / "run", requests=records(6))
+    settings |= {"rounds": {"size": 3, "count": 2, "evaluate_after": [1]}}
+    settings["compare"] = {"methods": [{}, {"name": "emmet", "label": "E"}], "seeds": [1, 2]}
+    spec = tiny.spec_file(tmp_path / "spec.yaml", settings)
+    labels = [f"{name}-seed{seed}" for name in ("memit", "E") for seed in (1, 2)]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(spec), "--worker-memory", "2", "--save"])
+    out = capsys.readouterr().out
+    assert ended.value.code in (None, 0) and "all studies side by side, at most" in out
+    assert [label for label in labels if f"study {label}" in out] == labels
+
+    found = {label: read_estimate(tmp_path / "run" / label) for label in labels}
+    rates = {estimate.rate for estimate in found.values() if estimate is not None}
+    assert len(rates) == 1, "the rate is measured once"
+    # The table's last row: what is shared once, all else of every study.
+    estimates = [estimate for estimate in found.values() if estimate is not None]
+    table = comparison_seconds(dict(zip(labels, estimates, strict=True)))
+    shared = ("start", "covariance", "baseline")
+    alone = [estimate.seconds[1] for estimate in estimates]
+    expected = sum(s for seconds in alone for phase, s in seconds.items() if phase not in shared)
+    expected += sum(max(seconds.get(phase, 0.0) for seconds in alone) for phase in shared)
+    column = list(table.columns[1 + list(estimates[0].seconds).index(1)].cells)
+    assert float(str(column[-1]).replace(",", "")) == pytest.approx(expected, abs=0.06)
+
+    memory = side_by_side([estimate.memory for estimate in estimates])
+    edited = "copies of edited weights"
+    assert memory.worker[edited] == 4 * estimates[0].memory.worker[edited]
+    assert memory.worker["weights"] == estimates[0].memory.worker["weights"]
+    runs = run_comparison(load_spec(spec))
+    assert [run.path.name for run in runs] == labels, "a planned study begins in its directory"
