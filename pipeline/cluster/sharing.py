@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.methods import Method, build_method
+from pipeline.methods import UPDATE_WRAPPERS, Method, build_method
 from pipeline.results.listing import TableKind
 from pipeline.results.parts import read_table
 from pipeline.results.store import RunStore
@@ -28,7 +28,7 @@ _AFTER_THE_SEARCH = (
     "prune",
 )
 # Wrappers that do so too; of BLUE's searches the first is what it would be without the wrapper.
-_WRAPPERS_AFTER_THE_SEARCH = ("rect", "prune", "blue")
+_WRAPPERS_AFTER_THE_SEARCH = UPDATE_WRAPPERS | {"blue"}
 
 
 class Sharing:

@@ -78,14 +78,8 @@ def solve_update(
     return factor.solve(cross_DF.T).T, factor.ridge
 
 
-def solve_update_from_keys(keys_NF: Tensor, residuals_ND: Tensor, factor: Factor) -> Tensor:
-    """The same update, (D, F) float64, from the keys themselves and a factor of lambda C."""
-    left, right = update_factors(keys_NF, residuals_ND, factor)
-    return left @ right
-
-
 def update_factors(keys_NF: Tensor, residuals_ND: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
-    """The same update as two factors of rank N, for N well below F.
+    """The update of `solve_update` as two factors of rank N, for N well below F.
 
     With G = (lambda C)^-1 K^T the push-through identity gives R (I + K G)^-1 G^T, so that only an
     N x N system is solved; the factor of lambda C serves every batch.

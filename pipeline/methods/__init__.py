@@ -22,10 +22,12 @@ METHODS: dict[str, type[Method]] = {
     "rome": Rome,
 }
 
-_UPDATE_WRAPPERS = frozenset({"rect", "prune"})
+UPDATE_WRAPPERS = frozenset({"rect", "prune"})
+"""Wrappers that change updates after they are solved for (`Method.wrap`)."""
 
 __all__ = [
     "METHODS",
+    "UPDATE_WRAPPERS",
     "Method",
     "build_method",
     "check_batch",
@@ -44,7 +46,7 @@ def build_method(spec: MethodSpec) -> Method:
 
 def wraps_updates(spec: MethodSpec) -> bool:
     """Whether a method changes updates after they are solved for (`Method.wrap`)."""
-    return not _UPDATE_WRAPPERS.isdisjoint(spec.wrappers)
+    return not UPDATE_WRAPPERS.isdisjoint(spec.wrappers)
 
 
 def check_batch(spec: MethodSpec, num_edits: int) -> None:

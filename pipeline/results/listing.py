@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ResultsDamagedError
+from pipeline.results.damage import first_problem
 
 log = logging.getLogger(__name__)
 
@@ -139,10 +140,8 @@ def _parse(line: bytes, number: int, path: Path) -> Part:
     try:
         return Part.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(step) for step in first["loc"])
         raise ResultsDamagedError(
-            f"{path}, line {number} is damaged: {where + ': ' if where else ''}{first['msg']}; "
+            f"{path}, line {number} is damaged: {first_problem(error)}; "
             "restore the file from a copy or run the job again in a new directory"
         ) from error
 

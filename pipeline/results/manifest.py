@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ResultsDamagedError
+from pipeline.results.damage import first_problem
 from pipeline.results.place import MANIFEST
 from pipeline.results.store import RunStore
 
@@ -100,9 +101,7 @@ def read_begun(store: RunStore) -> Begun:
     try:
         return Begun.model_validate(store.manifest)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(step) for step in first["loc"])
         raise ResultsDamagedError(
-            f"{store.path / MANIFEST}: {where}: {first['msg']}; restore the file from a copy, or"
+            f"{store.path / MANIFEST}: {first_problem(error)}; restore the file from a copy, or"
             " begin anew in another directory with --restart (restart=True)"
         ) from error

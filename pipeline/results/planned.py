@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import InputError, ResultsDamagedError
 from pipeline.results.atomic import write_atomically
+from pipeline.results.damage import first_problem
 from pipeline.results.place import PLAN, is_run, require_fresh
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -111,6 +112,4 @@ def read_estimate(run: Path) -> Estimate | None:
     try:
         return Estimate.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ResultsDamagedError(f"{path}: {where}: {first['msg']}; delete the file") from error
+        raise ResultsDamagedError(f"{path}: {first_problem(error)}; delete the file") from error

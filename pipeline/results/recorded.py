@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ResultsDamagedError
+from pipeline.results.damage import first_problem
 
 Checked = TypeVar("Checked", bound=BaseModel)
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -93,8 +94,6 @@ def check_recorded(content: Any, shape: type[Checked], source: str | Path) -> Ch
     try:
         return shape.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
         raise ResultsDamagedError(
-            f"{source}: {where}: {first['msg']}; restore the file from a copy or run the job again"
+            f"{source}: {first_problem(error)}; restore the file from a copy or run the job again"
         ) from error

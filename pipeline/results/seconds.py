@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ResultsDamagedError
 from pipeline.results.atomic import append_line
+from pipeline.results.damage import first_problem
 
 ROUNDS = "rounds.jsonl"
 
@@ -45,7 +46,7 @@ def read_seconds(run: Path) -> list[RoundSeconds]:
         except ValidationError as error:
             if not line or not line.endswith(b"}"):
                 continue
-            what = error.errors(include_url=False, include_input=False)[0]["msg"]
+            what = first_problem(error)
             raise ResultsDamagedError(f"{path}, line {number}: {what}; delete the line") from error
         found[entry.round] = entry
     return [found[round] for round in sorted(found)]

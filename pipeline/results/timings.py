@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ResultsDamagedError
 from pipeline.results.atomic import append_line
+from pipeline.results.damage import first_problem
 
 TIMINGS = "timings.jsonl"
 
@@ -74,6 +75,6 @@ def read_timings(run: Path) -> list[Timing]:
         except ValidationError as error:
             if not line.endswith(b"}"):
                 continue
-            what = error.errors(include_url=False, include_input=False)[0]["msg"]
+            what = first_problem(error)
             raise ResultsDamagedError(f"{path}, line {number}: {what}; delete the line") from error
     return found
