@@ -1,7 +1,8 @@
 """Processes and nodes that die at exact moments, on a cluster of several nodes: no bit changes.
 
-Deaths right after a call was sent are in tests/cluster/test_ray_engine.py, signals to the command
-in tests/test_cli.py, deaths at random moments in `python -m tests.faults.run`.
+All are slow: minutes pass until the cluster holds a node for dead and processes are back. Deaths
+right after a call was sent are in tests/cluster/test_ray_engine.py, signals to the command in
+tests/test_cli.py, deaths at random moments in `python -m tests.faults.run`.
 """
 
 from pathlib import Path
@@ -27,6 +28,7 @@ def _undergo(job: Job, nodes: Nodes, folder: Path, *deaths: Death) -> Trial:
     return trial
 
 
+@pytest.mark.slow
 def test_a_node_dies_with_its_keys_and_a_worker_while_applying(
     job: Job, nodes: Nodes, tmp_path: Path
 ) -> None:

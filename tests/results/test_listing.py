@@ -149,6 +149,7 @@ fields = st.sampled_from(
 
 @fuzz(120, 1500)
 @given(changes=st.dictionaries(fields, json_values, max_size=3), line=st.sampled_from([0, 1]))
+@example(changes={"failed": {"\n": None}}, line=0)
 def test_fuzzed_fields(fuzzed: tuple[Path, bytes], changes: dict[str, Any], line: int) -> None:
     path, listing = fuzzed
     lines = [json.loads(text) for text in listing.splitlines()]
