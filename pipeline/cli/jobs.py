@@ -175,7 +175,7 @@ def plan(
     than it needs (docs/plan.md).
     """
     from pipeline.cluster.plan import make_plan
-    from pipeline.planning.estimate import make_estimate, worker_counts
+    from pipeline.planning.estimate import make_estimates, worker_counts
     from pipeline.planning.memory import side_by_side, worker_share
     from pipeline.report.plan import comparison_seconds, plan_tables, shortage
     from pipeline.results.planned import write_estimate
@@ -183,25 +183,21 @@ def plan(
 
     console = make_console()
     job = load_spec(spec, overrides)
-    rate, source = (None, "measured") if gflops is None else (gflops * 1e9, "given")
+    rate = None if gflops is None else gflops * 1e9
     found = [make_plan(one) for one in ([job] if job.compare is None else variants(job))]
     counts = worker_counts(found[0].spec)
-    estimates = {}
-    for study in found:
-        estimate = make_estimate(study, rate=rate, steps=steps, gigabits=gigabits, workers=counts)
-        # Measured once, so that all studies are planned for the same machine.
-        rate = estimate.rate
-        path = study.spec.run_path
-        estimates[path.name] = estimate.model_copy(update={"rate_source": source})
+    estimates = make_estimates(found, rate=rate, steps=steps, gigabits=gigabits, workers=counts)
+    for study, estimate in zip(found, estimates, strict=True):
         if job.compare is not None:
-            print_line(console, f"study {path.name}")
-        console.print(plan_tables(study, estimates[path.name]))
+            print_line(console, f"study {study.spec.run_path.name}")
+        console.print(plan_tables(study, estimate))
         if save:
-            print_line(console, f"plan: {write_estimate(path, estimates[path.name])}")
+            print_line(console, f"plan: {write_estimate(study.spec.run_path, estimate)}")
     if job.compare is not None:
         print_line(console, "seconds of all studies side by side, at most, by workers:")
-        console.print(comparison_seconds(estimates))
-    memory = side_by_side([estimate.memory for estimate in estimates.values()])
+        names = [study.spec.run_path.name for study in found]
+        console.print(comparison_seconds(dict(zip(names, estimates, strict=True))))
+    memory = side_by_side([estimate.memory for estimate in estimates])
     has = worker_share(found[0].spec) if worker_memory is None else worker_memory * 1e9
     if has is not None and (problem := shortage(memory, has)):
         typer.echo(one_line(f"editfleet: {problem}"), err=True)

@@ -37,8 +37,8 @@ class PieceQueue:
 
     def __init__(self, pieces: Iterable[Piece], home: dict[int, int]) -> None:
         self._home = home
-        # By home, None for pieces without one; those of every home are in the last heap too, which
-        # says what comes first when nobody is at home.
+        # By home, None for pieces without one. Each piece is in `_all` as well, which says what
+        # comes first when nobody is at home.
         self._heaps: dict[int | None, list[tuple[int, Piece]]] = {}
         self._all: list[tuple[int, Piece]] = []
         self._taken: set[int] = set()

@@ -1,6 +1,7 @@
 """How long a job takes, what it holds in memory and what it moves: an estimate before it runs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -85,6 +86,30 @@ def make_estimate(
             plan, model, edits, workers[0], batch, computes_covariance=bool(work.covariance.shards)
         ),
     )
+
+
+def make_estimates(
+    plans: Sequence[Plan],
+    *,
+    rate: float | None = None,
+    steps: float | None = None,
+    gigabits: float = 10.0,
+    workers: Sequence[int] = WORKERS,
+) -> list[Estimate]:
+    """Estimate studies for the same machine: a rate that is not given is measured once.
+
+    Args: as of `make_estimate`.
+    """
+    first, *others = plans
+    found = make_estimate(first, rate=rate, steps=steps, gigabits=gigabits, workers=workers)
+    same: dict[str, Any] = {
+        "rate": found.rate,
+        "steps": steps,
+        "gigabits": gigabits,
+        "workers": workers,
+    }
+    source = {"rate_source": found.rate_source}
+    return [found, *(make_estimate(plan, **same).model_copy(update=source) for plan in others)]
 
 
 def worker_counts(spec: JobSpec) -> tuple[int, ...]:

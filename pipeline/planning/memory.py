@@ -90,9 +90,10 @@ def side_by_side(studies: Sequence[Memory]) -> Memory:
 
     worker = largest([study.worker for study in studies])
     worker[_EDITED] = sum(study.worker[_EDITED] for study in studies)
-    driver = largest([study.driver for study in studies])
     return Memory(
-        worker=worker, reducer=largest([study.reducer for study in studies]), driver=driver
+        worker=worker,
+        reducer=largest([study.reducer for study in studies]),
+        driver=largest([study.driver for study in studies]),
     )
 
 

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(
 WORKER = """
 import json, sys, torch
 from pipeline.cluster.worker import EditWorker
-from pipeline.editing.update import Update
 from pipeline.spec import parse_spec
 
 def anonymous():
