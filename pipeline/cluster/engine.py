@@ -17,6 +17,9 @@ from pipeline.cluster.reducer import Reducer
 from pipeline.cluster.worker import EditWorker
 from pipeline.spec import JobSpec
 
+KEPT_IN_PLACE = frozenset({"read_keys", "gradients"})
+"""Methods of a worker with a second, large result, which goes to the reducer, not to the driver."""
+
 
 class WorkerLostError(Exception):
     """A call was lost with its worker, node or object: trying again can help."""
@@ -110,7 +113,7 @@ class InProcessEngine:
         method, args, kwargs = call.handle
         with compute_threads(self.spec.cluster.cpus_per_worker):
             result = self._do(method, *args, **kwargs)
-        if method == "read_keys":
+        if method in KEPT_IN_PLACE:
             result, call.reference = result
         return result
 

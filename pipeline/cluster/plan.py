@@ -71,7 +71,12 @@ class Plan:
         return self.spec.method.stages
 
     def value_shards(self, round: int, stage: int) -> list[Shard]:
-        """A round's shards with the numbers that its values' parts of a stage have."""
+        """A round's shards with the numbers that its values' parts of a stage have.
+
+        None for a method without values.
+        """
+        if not self.spec.method.is_closed_form:
+            return []
         shards = self.rounds.shards[round]
         return [replace(shard, index=stage * len(shards) + shard.index) for shard in shards]
 

@@ -15,7 +15,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from pipeline.cluster.engine import Call, WorkerLostError
+from pipeline.cluster.engine import KEPT_IN_PLACE, Call, WorkerLostError
 from pipeline.errors import InputError, JobFailedError
 from pipeline.spec import JobSpec
 
@@ -37,9 +37,9 @@ class RayCalls:
     _reducer: Any
 
     def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
-        """Start a method; the keys that `read_keys` measures stay in the object store."""
+        """Start a method; what is `KEPT_IN_PLACE` stays in the object store."""
         bound, first = self._bound(worker, method)
-        if method == "read_keys":
+        if method in KEPT_IN_PLACE:
             handle, reference = bound.options(num_returns=2).remote(*first, *args, **kwargs)
             return Call(worker, handle, reference)
         return Call(worker, bound.remote(*first, *args, **kwargs))

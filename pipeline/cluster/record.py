@@ -36,7 +36,7 @@ def begin_run(
     plan: Plan,
     worker: WorkerDescription,
     method: MethodSpec,
-    covariances: Covariances,
+    covariances: Covariances | None,
     num_workers: int,
 ) -> RunStore:
     """Make the run directory with a manifest that says exactly what is going to be done.
@@ -64,11 +64,7 @@ def begin_run(
                 "fingerprint": worker.fingerprint,
                 "dtype": worker.dtype,
             },
-            "covariance": {
-                "directory": str(covariances.directory),
-                "tokens": {str(layer): count for layer, count in covariances.tokens.items()},
-                "sha256": covariances.digests(),
-            },
+            "covariance": None if covariances is None else _covariance_entry(covariances),
             "workers": _workers(worker, num_workers),
             "versions": package_versions(),
         },
@@ -203,6 +199,14 @@ def save_edited_model(store: RunStore, scheduler: Scheduler, applied: int) -> No
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _covariance_entry(covariances: Covariances) -> dict[str, Any]:
+    return {
+        "directory": str(covariances.directory),
+        "tokens": {str(layer): count for layer, count in covariances.tokens.items()},
+        "sha256": covariances.digests(),
+    }
 
 
 def _edit_row(

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from pipeline.editing.descent import Step
 from pipeline.editing.equations import ManyEdits, NormalEquations, Penalty
+from pipeline.editing.gradients import Factors
 from pipeline.editing.sums import Sums
 from pipeline.editing.update import Update
-from pipeline.methods import build_method
+from pipeline.methods import ClosedForm, GradientMethod, build_method
+from pipeline.methods.gradient import Making, State
 from pipeline.models.editable import resolve_device
 from pipeline.spec import MethodSpec
 
@@ -32,7 +35,8 @@ class Reducer:
         self.device, _ = resolve_device()
         self._penalties: dict[int, Penalty] = {}
         self._equations: NormalEquations | None = None
-        self._waiting: dict[int, tuple[Tensor, Tensor] | Sums] = {}
+        self._making: Making | None = None
+        self._waiting: dict[int, tuple[Tensor, Tensor] | Sums | Factors] = {}
         self._next = 0
 
     def begin(
@@ -53,15 +57,32 @@ class Reducer:
         Raises:
             ValueError: the covariance cannot be factored, or leaves an update no direction.
         """
+        assert isinstance(self.method, ClosedForm), "a gradient method begins a round"
         past = None if past_FF is None else past_FF.to(self.device, torch.float64)
         penalty = self._penalty(layer, covariance_FF)
         self._equations = self.method.equations(penalty, num_edits, past)
         self._waiting.clear()
         self._next = 0
 
-    def add(self, order: int, part: tuple[Tensor, Tensor] | Sums) -> None:
-        """Take the keys and residuals, or the sums, of the part at this place (from 0)."""
-        assert self._equations is not None, "begin a layer first"
+    def begin_round(
+        self,
+        weights: dict[int, Tensor],
+        pristine: dict[int, Tensor],
+        state: State | None,
+    ) -> None:
+        """Start a round of a gradient method; what was under way is dropped.
+
+        Args: as of `GradientMethod.begin`.
+        """
+        assert isinstance(self.method, GradientMethod), "a method in closed form begins a layer"
+        near = {layer: weight.to(self.device) for layer, weight in weights.items()}
+        first = {layer: weight.to(self.device) for layer, weight in pristine.items()}
+        self._making = self.method.begin(near, first, state)
+        self._waiting.clear()
+        self._next = 0
+
+    def add(self, order: int, part: tuple[Tensor, Tensor] | Sums | Factors) -> None:
+        """Take the keys and residuals, sums, or factors of the part at this place (from 0)."""
         self._waiting[order] = part
         while self._next in self._waiting:
             self._take(self._waiting.pop(self._next))
@@ -76,8 +97,27 @@ class Reducer:
         assert self._equations is not None and self._next == num_parts, "parts are missing"
         return self._equations.solve()
 
-    def _take(self, part: tuple[Tensor, Tensor] | Sums) -> None:
-        assert self._equations is not None
+    def step(self, num_parts: int) -> Step:
+        """Do a gradient method's step once all its parts are in; the next begins at place 0.
+
+        Raises:
+            ValueError: the factors make no update.
+        """
+        assert self._making is not None and self._next == num_parts, "parts are missing"
+        self._next = 0
+        return self._making.step()
+
+    def finish_round(self) -> tuple[dict[int, Update], State]:
+        """The updates of a gradient method's round, and what the next one has to know."""
+        assert self._making is not None, "begin a round first"
+        return self._making.finish()
+
+    def _take(self, part: tuple[Tensor, Tensor] | Sums | Factors) -> None:
+        if isinstance(part, Factors):
+            assert self._making is not None, "begin a round first"
+            self._making.add(part)
+            return
+        assert self._equations is not None, "begin a layer first"
         if isinstance(part, Sums):
             assert isinstance(self._equations, ManyEdits), "sums are of many edits"
             self._equations.add_sums(part)
@@ -87,6 +127,7 @@ class Reducer:
     def _penalty(self, layer: int, covariance_FF: Tensor) -> Penalty:
         if layer not in self._penalties:
             self._equations = None
+            assert isinstance(self.method, ClosedForm)
             penalty = self.method.penalty(covariance_FF.to(self.device, torch.float64))
             kept = sum(kept.num_bytes for kept in self._penalties.values())
             if kept + penalty.num_bytes > KEPT_BYTES:

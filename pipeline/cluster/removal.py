@@ -24,7 +24,7 @@ from pipeline.errors import (
     InputError,
     ResultsDamagedError,
 )
-from pipeline.methods import build_method, wraps_updates
+from pipeline.methods import build_closed_form, wraps_updates
 from pipeline.models.editable import EditableModel
 from pipeline.requests import quote
 from pipeline.results.keys import StoredKeys, read_case_ids, read_keys
@@ -103,7 +103,7 @@ class Removal:
         its key, or whose update depends on the weights before it.
         """
         own = {r for r, members in enumerate(self.edits) if not self.removed.isdisjoint(members)}
-        if build_method(self.spec.method).remembers or wraps_updates(self.spec.method):
+        if build_closed_form(self.spec.method).remembers or wraps_updates(self.spec.method):
             return frozenset(range(min(own), len(self.edits)))
         return frozenset(own)
 
@@ -131,7 +131,7 @@ class Remainder:
         method, self._threads = removal.spec.method, removal.spec.cluster.reducer_threads
         with compute_threads(self._threads):
             self._reducer = Reducer(method, self._threads)
-        self._method = build_method(method)
+        self._method = build_closed_form(method)
         self._past = PastGrams(self._threads) if self._method.remembers else None
 
     def apply(self) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,8 @@ from pipeline.cluster.record import package_versions, plan_entries
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
-from pipeline.results.listing import Kind, Part, TensorKind, in_order
+from pipeline.methods import build_gradient_method
+from pipeline.results.listing import KINDS, Kind, Part, TensorKind, in_order
 from pipeline.results.manifest import Begun, Cut, HeldOut, Requests, read_begun
 from pipeline.results.place import MANIFEST, is_run
 from pipeline.results.store import RunStore
@@ -124,7 +125,8 @@ def require_same_covariances(store: RunStore, covariances: Covariances) -> None:
     Raises:
         FingerprintMismatchError: one is not; it is named.
     """
-    before = read_begun(store).covariance.sha256
+    begun = read_begun(store).covariance
+    before = {} if begun is None else begun.sha256
     found = covariances.digests()
     if other := [layer for layer, now in found.items() if before.get(layer) != now]:
         raise FingerprintMismatchError(
@@ -170,6 +172,8 @@ def _unsound(
     def sound(kind: Kind, shards: Container[int] | None = None) -> list[Part]:
         return [part for part in store.parts(kind, round, shards) if part.name not in lost]
 
+    if not plan.spec.method.is_closed_form:
+        return _unsound_training(store, lost, round, plan, stands)
     gone: list[Part] = []
     kinds: tuple[TensorKind, ...] = ("update", "keys")
     by_layer = {kind: {part.layer: part for part in sound(kind)} for kind in kinds}
@@ -188,6 +192,24 @@ def _unsound(
     gone += [] if stands else [*sound("metrics"), *sound("general")]
     is_whole = stands and not any(part.round == round for part in lost.values())
     return gone + ([] if is_whole else sound("edits")), stands
+
+
+def _unsound_training(
+    store: RunStore, lost: Mapping[str, Part], round: int, plan: Plan, stands: bool
+) -> tuple[list[Part], bool]:
+    """The same for a method whose round is one piece of work: all of its parts stand, or none."""
+    found = {
+        kind: [part for part in store.parts(kind, round) if part.name not in lost] for kind in KINDS
+    }
+    wanted = {"update": len(plan.layers), "training": 1}
+    if build_gradient_method(plan.spec.method).remembers:
+        wanted["state"] = 1
+    damaged = {part.kind for part in lost.values() if part.round == round}
+    if not stands or damaged & wanted.keys():
+        return [part for parts in found.values() for part in parts], False
+    # A round that was interrupted goes on with what it holds.
+    is_done = all(len(found[kind]) == count for kind, count in wanted.items())
+    return found["edits"] if damaged else [], is_done
 
 
 def holds_all_updates(store: RunStore, plan: Plan) -> bool:
@@ -209,6 +231,8 @@ def is_complete(store: RunStore, plan: Plan) -> bool:
     ]
     measured = (*baseline, *rounds.evaluated) if plan.held_out else ()
     for round, shards in enumerate(rounds.shards):
+        if not plan.spec.method.is_closed_form:
+            left += shards_left(store, "training", round, shards[:1])
         for stage in range(len(plan.stages)):
             left += shards_left(store, "values", round, plan.value_shards(round, stage))
         left += shards_left(store, "edits", round, shards[:1])

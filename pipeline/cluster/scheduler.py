@@ -14,7 +14,12 @@ from pipeline.cluster.engine import Call, Engine, WorkerLostError
 from pipeline.cluster.shards import Piece, PieceQueue, Shard
 from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Update
-from pipeline.errors import EditfleetError, JobFailedError, WeightVersionMismatchError
+from pipeline.errors import (
+    DivergedError,
+    EditfleetError,
+    JobFailedError,
+    WeightVersionMismatchError,
+)
 from pipeline.results.timings import CallOutcome
 
 log = logging.getLogger(__name__)
@@ -222,8 +227,8 @@ class Scheduler:
                 ) from error
             waiting.put_back(replace(piece, retries=piece.retries + 1))
             return "lost"
-        except WeightVersionMismatchError:
-            raise  # the driver's own mistake, whatever the items
+        except (WeightVersionMismatchError, DivergedError):
+            raise  # the driver's own mistake, or all weights', whatever the items
         except Exception as error:
             if not split:
                 raise

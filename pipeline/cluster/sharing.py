@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.methods import UPDATE_WRAPPERS, Method, build_method
+from pipeline.methods import UPDATE_WRAPPERS, ClosedForm, build_closed_form
 from pipeline.results.listing import TableKind
 from pipeline.results.parts import read_table
 from pipeline.results.store import RunStore
@@ -74,12 +74,12 @@ def values_key(spec: JobSpec) -> str:
 
     With BLUE these are the first layer's alone.
     """
-    method = build_method(spec.method)
+    method = build_closed_form(spec.method)
     content: dict[str, Any] = spec.method.model_dump(mode="json", exclude=set(_AFTER_THE_SEARCH))
     content["layers"], content["written"] = method.stages[0][-1], method.written
     after = _WRAPPERS_AFTER_THE_SEARCH
     content["wrappers"] = [name for name in spec.method.wrappers if name not in after]
-    if type(method).find_values is Method.find_values:
+    if type(method).find_values is ClosedForm.find_values:
         del content["name"]
     return json.dumps(["values", asked_key(spec), content], sort_keys=True)
 

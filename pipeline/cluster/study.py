@@ -39,10 +39,12 @@ from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.cluster.sharing import Sharing, take_over, unedited_key, values_key
+from pipeline.cluster.training import Training
 from pipeline.cluster.value_search import search_values, without
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import DivergedError, JobFailedError
-from pipeline.methods import build_method
+from pipeline.methods import build_gradient_method, build_method
+from pipeline.requests import EditRequest
 from pipeline.results.seconds import write_seconds
 from pipeline.results.store import RunStore
 from pipeline.spec import MethodSpec
@@ -97,10 +99,10 @@ class Study:
         store = self._begin(worker, covariances)
         if self.plan.spec.evaluation.baseline:
             self._ask_unedited(store)
-        insertion = self._insertion(store, covariances, worker)
+        writer = self._writer(store, covariances, worker)
         for round in range(len(self.plan.rounds.shards)):
             with logs.about(round=round):
-                self._timed_round(store, insertion, round)
+                self._timed_round(store, writer, round)
         return self._finish(store)
 
     def _ask_unedited(self, store: RunStore) -> None:
@@ -114,14 +116,14 @@ class Study:
             self._measure_general(store, BASELINE_ROUND)
             self.sharing.is_done(key, store)
 
-    def _timed_round(self, store: RunStore, insertion: Insertion, round: int) -> None:
+    def _timed_round(self, store: RunStore, writer: Insertion | Training, round: int) -> None:
         if self.is_batch:
-            self._round(store, insertion, round)
+            self._round(store, writer, round)
             return
         is_new = not store.has_part("edits", round, 0)
         self.progress.label = f"{round + 1}/{len(self.plan.rounds.shards)} "
         before = dict(self.progress.seconds)
-        self._round(store, insertion, round)
+        self._round(store, writer, round)
         self.progress.label = ""
         if is_new:
             seconds = self.progress.since(before)
@@ -129,15 +131,11 @@ class Study:
             took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
             self.progress.say(f"round {round}: {took}")
 
-    def _round(self, store: RunStore, insertion: Insertion, round: int) -> None:
-        for stage, layers in enumerate(self.plan.stages):
-            self._find_values(store, round, stage)
-            live = self._live_shards(store, round, stage)
-            try:
-                insertion.insert(live, round, layers)
-            except DivergedError as error:
-                self._blame(store, live, error, round)
-                raise
+    def _round(self, store: RunStore, writer: Insertion | Training, round: int) -> None:
+        if isinstance(writer, Training):
+            self._train(store, writer, round)
+        else:
+            self._insert(store, writer, round)
         self._evaluate(store, "evaluation", round)
         if round in self.plan.rounds.evaluated:
             self._measure_general(store, round)
@@ -147,6 +145,25 @@ class Study:
             self._write_edits(store, not_taken(of_round, round), round)
         if metrics.num_rows:
             self._require_no_ruin(store, metrics, round)
+
+    def _insert(self, store: RunStore, insertion: Insertion, round: int) -> None:
+        for stage, layers in enumerate(self.plan.stages):
+            self._find_values(store, round, stage)
+            live = self._live_shards(store, round, stage)
+            try:
+                insertion.insert(live, round, layers)
+            except DivergedError as error:
+                self._blame(store, [r for shard in live for r in shard.items], error, round)
+                raise
+
+    def _train(self, store: RunStore, training: Training, round: int) -> None:
+        shards = without(self.plan.rounds.shards[round], self.failures)
+        requests = [request for shard in shards for request in shard.items]
+        try:
+            self.failures |= training.train(requests, round)
+        except DivergedError as error:
+            self._blame(store, requests, error, round)
+            raise
 
     def _require_no_ruin(self, store: RunStore, metrics: pa.Table, round: int) -> None:
         if self._baseline is None:
@@ -171,11 +188,13 @@ class Study:
             weight_version=self.scheduler.version,
         )
 
-    def _blame(self, store: RunStore, live: list[Shard], error: DivergedError, round: int) -> None:
-        """Report a round that diverged during the insertion, for every request of it."""
-        for request in (request for shard in live for request in shard.items):
+    def _blame(
+        self, store: RunStore, requests: list[EditRequest], error: DivergedError, round: int
+    ) -> None:
+        """Report a round that diverged while it was written, for every request of it."""
+        for request in requests:
             is_cause = request.case_id in error.case_ids
-            what = "its key or residual is not finite" if is_cause else "the batch diverged"
+            what = "its numbers are not finite" if is_cause else "the batch diverged"
             self.failures[request.case_id] = f"{what}: {error}"
         self._write_edits(store, {}, round)
 
@@ -192,6 +211,8 @@ class Study:
             require_same_model(self.earlier, worker)
             if holds_all_updates(self.earlier, self.plan):
                 return None
+        if not self.plan.spec.method.is_closed_form:
+            return None
         with self.sharing.turn("covariances"):
             found = ensure_covariances(self.plan.spec, self.scheduler, worker, self.progress)
         if self.earlier is not None:
@@ -205,7 +226,6 @@ class Study:
             self.store = self.earlier
             go_on(self.store, worker, self.engine.num_workers)
         else:
-            assert covariances is not None
             method = self._settle(self.plan.spec.method)
             self.store = begin_run(self.plan, worker, method, covariances, self.engine.num_workers)
         if self.progress.watch is not None:
@@ -224,10 +244,14 @@ class Study:
             self.scheduler.set_anchor_norm(method.nas.anchor_norm)
         return method
 
-    def _insertion(
+    def _writer(
         self, store: RunStore, covariances: Covariances | None, worker: WorkerDescription
-    ) -> Insertion:
+    ) -> Insertion | Training:
+        """What turns a round's requests into updates."""
         spec = self.plan.spec
+        if not spec.method.is_closed_form:
+            retries, method = spec.cluster.max_retries, build_gradient_method(spec.method)
+            return Training(method, self.scheduler, store, worker, self.progress, retries)
         remembers = not self.is_batch and build_method(spec.method).remembers
         past = PastGrams(spec.cluster.reducer_threads) if remembers else None
         return Insertion(spec, self.scheduler, store, covariances, worker, self.progress, past)

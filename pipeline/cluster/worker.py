@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from pipeline.editing.covariance import GramSums, gram_sums
+from pipeline.editing.gradients import Factors, TargetGradients
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.memory import edits_that_fit, free_bytes
 from pipeline.editing.update import EditedWeights, Update
 from pipeline.editing.values import FoundValue
-from pipeline.errors import DivergedError, WeightVersionMismatchError
+from pipeline.errors import DivergedError, InputError, WeightVersionMismatchError
 from pipeline.evaluation import general, metrics
 from pipeline.evaluation.asking import continuations_of, scores_of
 from pipeline.evaluation.probes import Probe
-from pipeline.methods import build_method
+from pipeline.methods import ClosedForm, GradientMethod, build_method
 from pipeline.models.editable import EditableModel, resolve_device
 from pipeline.models.loading import (
     fingerprint,
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 # units busy, few enough to stay small beside the model.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 EDITS_PER_BATCH = {"cpu": 16, "cuda": 256}
+# Tokens in one pass with gradients, which keeps what every block has put out.
+TOKENS_PER_BACKWARD = {"cpu": 2048, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class EditWorker:
         self.weights = EditedWeights(self.model, self.method.layers)
         self._waves: dict[int, KeyWave] = {}
         self._waves_of = 0
+        self._laid_out: dict[int, TargetGradients] = {}
+        self._laid_out_of: tuple[int, ...] = ()
         self._max_tokens = TOKENS_PER_BATCH[self.model.device.type]
 
     def describe(self) -> WorkerDescription:
@@ -138,12 +143,17 @@ class EditWorker:
         """Use this norm anchor from now on."""
         self.method = build_method(self.spec.method.with_anchor(norm))
 
+    @property
+    def _closed_form(self) -> ClosedForm:
+        assert isinstance(self.method, ClosedForm), "a gradient method has no values"
+        return self.method
+
     def value_lengths(self, requests: Sequence[EditRequest], *, version: int) -> list[float]:
         """Search values behind bare prompts, for the norm anchor; ||v|| of every request."""
         self._require(version)
         edits = tokenize_edits(self.tokenizer, requests, self.contexts[:1])
         size = self._batch_size(edits, self.method.layers[-1])
-        return self.method.value_lengths(self.model, edits, size)
+        return self._closed_form.value_lengths(self.model, edits, size)
 
     def covariance(self, texts: Sequence[str], max_tokens: int | None) -> GramSums:
         """Sum k k^T over the tokens of some texts for every edited layer of the unedited model."""
@@ -159,12 +169,13 @@ class EditWorker:
         They are for the layers that are edited next, as the version says.
         """
         self._require(version)
-        stage = self.method.stage_at(version)
-        layer = self.method.stages[stage][-1]
+        method = self._closed_form
+        stage = method.stage_at(version)
+        layer = method.stages[stage][-1]
         start = time.perf_counter()
         edits = tokenize_edits(self.tokenizer, requests, self.contexts)
         graphs = self.spec.cluster.cuda_graphs
-        found = self.method.find_values(
+        found = method.find_values(
             self.model, edits, self._batch_size(edits, layer), stage=stage, cuda_graphs=graphs
         )
         seconds = (time.perf_counter() - start) / max(1, len(found))
@@ -194,14 +205,15 @@ class EditWorker:
                 updates of the layers before have ruined the model.
         """
         self._require(version)
-        stage = self.method.stage_of(layer)
+        method = self._closed_form
+        stage = method.stage_of(layer)
         began = version - stage.index(layer)
         if began != self._waves_of:
             # Another round, whose shards have the same numbers and other requests, or other values.
             self._waves.clear()
             self._waves_of = began
         wave = self._wave(shard, requests, stage[-1])
-        keys, residuals = self.method.keys_and_residuals(wave, layer, values_ND)
+        keys, residuals = method.keys_and_residuals(wave, layer, values_ND)
         _require_finite(requests, keys, residuals, layer)
         if layer == stage[-1]:
             del self._waves[shard]
@@ -218,6 +230,55 @@ class EditWorker:
         self._require(version)
         self.weights.apply(layer, update.matrix(self.model.device))
         return self.weights.version
+
+    def masters(self, *, version: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Every edited weight as it is now and as it was at first: layer -> (D, F) float64."""
+        self._require(version)
+        both = {layer: self.weights.masters(layer) for layer in self.weights.layers}
+        return (
+            {layer: now.cpu() for layer, (now, _) in both.items()},
+            {layer: first.cpu() for layer, (_, first) in both.items()},
+        )
+
+    def gradients(
+        self,
+        piece: int,
+        requests: Sequence[EditRequest],
+        changes: dict[int, Tensor] | None,
+        *,
+        version: int,
+        round: int,
+    ) -> tuple[int, Factors]:
+        """Take the gradients of a piece's edits, with changes on top of the edited weights.
+
+        Args:
+            piece: its number in the round.
+            requests: the edits.
+            changes: layer -> (D, F) float32; None is none.
+
+        Returns:
+            How many edits, and their factors.
+
+        Raises:
+            DivergedError: a loss is not finite, and the changes are to blame.
+            InputError: it is not finite without any change.
+        """
+        self._require(version)
+        laid_out = self._lay_out(piece, requests, round)
+        assert isinstance(self.method, GradientMethod), "a method in closed form has values"
+        with self.weights.tried(changes or {}):
+            factors = laid_out.factors(self.method.tokens)
+        finite = torch.isfinite(factors.losses).tolist()
+        ruined = [r.case_id for r, fine in zip(requests, finite, strict=True) if not fine]
+        if ruined and changes is None and version == 0:
+            raise InputError(f"the loss of {quote(ruined[0])} is not finite on the unedited model")
+        if ruined:
+            raise DivergedError(
+                f"the losses of {len(ruined)} requests are not finite any more, the first of them"
+                f" {quote(ruined[0])}'s; take a smaller learning rate",
+                tuple(ruined),
+            )
+        return len(requests), factors
 
     def wrap_update(self, layer: int, update: Update, *, version: int) -> Update:
         """What the method's wrappers make of an update, before it is applied."""
@@ -300,10 +361,27 @@ class EditWorker:
             log.info("values: %d edits at once instead of %d, for want of memory", size, most)
         return size
 
+    def _lay_out(self, piece: int, requests: Sequence[EditRequest], round: int) -> TargetGradients:
+        """A piece's edits as rows; what lower blocks make of them is kept where there is room."""
+        assert isinstance(self.method, GradientMethod)
+        of = (round, self.weights.version)
+        if of != self._laid_out_of:
+            self._laid_out.clear()
+            self._laid_out_of = of
+        found = self._laid_out.get(piece)
+        if found is None or len(found.edits) != len(requests):
+            edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+            most = TOKENS_PER_BACKWARD[self.model.device.type]
+            found = self.method.gradients(self.model, edits, most, keeps=True)
+            kept = found.num_bytes + sum(other.num_bytes for other in self._laid_out.values())
+            found.keeps = kept <= self.spec.cluster.hidden_states_gb * 1e9
+            self._laid_out[piece] = found
+        return found
+
     def _wave(self, shard: int, requests: Sequence[EditRequest], last: int) -> KeyWave:
         if shard not in self._waves:
             edits = tokenize_edits(self.tokenizer, requests, self.contexts)
-            written = self.method.written
+            written = self._closed_form.written
             wave = KeyWave(self.model, edits, last, max_tokens=self._max_tokens, written=written)
             self._make_room(wave)
             self._waves[shard] = wave

@@ -134,6 +134,33 @@ def constrained_factors(
     return gram.solve(residuals_ND).T, whitened_FN.T, gram.ridge
 
 
+def ridge_factors(keys_RF: Tensor, values_RD: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The ridge regression of values on keys, V K^T (K K^T + ridge I)^-1, as two factors.
+
+    Args:
+        keys_RF: float64 keys, one a row.
+        values_RD: float64 values, one a row.
+        ridge: above 0.
+
+    Returns:
+        (D, m) and (m, F) float64, m the smaller of R and F; their product is the update.
+
+    Raises:
+        ValueError: keys or values hold infinities or NaNs, or the ridge is too small for float64.
+    """
+    require_finite(keys_RF, values_RD)
+    rows, size = keys_RF.shape
+    is_dual = rows < size
+    gram = keys_RF @ keys_RF.T if is_dual else keys_RF.T @ keys_RF
+    gram.diagonal().add_(ridge)
+    lower, info = torch.linalg.cholesky_ex(gram)
+    if int(info):
+        raise ValueError("the ridge is too small beside the keys for float64; take a larger one")
+    if is_dual:
+        return torch.cholesky_solve(values_RD, lower).T, keys_RF
+    return values_RD.T @ keys_RF, torch.cholesky_inverse(lower)
+
+
 def require_finite(*tensors: Tensor) -> None:
     """Refuse infinities and NaNs.
 

@@ -146,12 +146,29 @@ class EditedWeights:
         for layer in self._total:
             self._write(layer)
 
+    @contextmanager
+    @torch.no_grad()
+    def tried(self, changes: Mapping[int, Tensor]) -> Iterator[None]:
+        """Let the model have more changes for a while, layer -> (D, F), without a version."""
+        try:
+            for layer, change in changes.items():
+                self._write(layer, change)
+            yield
+        finally:
+            for layer in changes:
+                self._write(layer)
+
     def norms(self, layer: int) -> tuple[float, float]:
         """Frobenius norms of a layer's weight as it is now, and of all that was added to it."""
         total = self._total.get(layer)
         weight = self.model.oriented_weight(layer)
         return float(weight.double().norm()), 0.0 if total is None else float(total.double().norm())
 
-    def _write(self, layer: int) -> None:
-        pristine, total = self._pristine[layer], self._total[layer]
-        self.model.oriented_weight(layer).copy_(pristine.to(total.dtype) + total)
+    def _write(self, layer: int, more: Tensor | None = None) -> None:
+        pristine, total = self._pristine[layer], self._total.get(layer)
+        wide = torch.promote_types(pristine.dtype, torch.float32)
+        if more is not None:
+            more = more.to(device=pristine.device, dtype=wide)
+            total = more if total is None else total + more
+        edited = pristine if total is None else pristine.to(wide) + total
+        self.model.oriented_weight(layer).copy_(edited)

@@ -3,7 +3,10 @@
 from pipeline.errors import InputError
 from pipeline.methods.alphaedit import AlphaEdit
 from pipeline.methods.base import Method
+from pipeline.methods.closed_form import ClosedForm
 from pipeline.methods.emmet import Emmet
+from pipeline.methods.fine_tuning import FineTuning
+from pipeline.methods.gradient import GradientMethod
 from pipeline.methods.memit import Memit
 from pipeline.methods.memit_accumulated import MemitAccumulated
 from pipeline.methods.merge import first_of_each_value
@@ -11,9 +14,10 @@ from pipeline.methods.nas import mean_length
 from pipeline.methods.pmet import Pmet
 from pipeline.methods.rome import Rome
 from pipeline.methods.settings import resolve_settings, value_settings
+from pipeline.methods.ultraedit import UltraEdit
 from pipeline.spec import MethodSpec
 
-METHODS: dict[str, type[Method]] = {
+CLOSED_FORM: dict[str, type[ClosedForm]] = {
     "memit": Memit,
     "memit_accumulated": MemitAccumulated,
     "emmet": Emmet,
@@ -21,14 +25,20 @@ METHODS: dict[str, type[Method]] = {
     "alphaedit": AlphaEdit,
     "rome": Rome,
 }
+GRADIENT: dict[str, type[GradientMethod]] = {"ft": FineTuning, "ultraedit": UltraEdit}
 
 UPDATE_WRAPPERS = frozenset({"rect", "prune"})
 """Wrappers that change updates after they are solved for (`Method.wrap`)."""
 
 __all__ = [
-    "METHODS",
+    "CLOSED_FORM",
+    "GRADIENT",
     "UPDATE_WRAPPERS",
+    "ClosedForm",
+    "GradientMethod",
     "Method",
+    "build_closed_form",
+    "build_gradient_method",
     "build_method",
     "check_batch",
     "first_of_each_value",
@@ -41,7 +51,17 @@ __all__ = [
 
 def build_method(spec: MethodSpec) -> Method:
     """Make the method that a resolved spec names."""
-    return METHODS[spec.name](spec)
+    return build_closed_form(spec) if spec.is_closed_form else build_gradient_method(spec)
+
+
+def build_closed_form(spec: MethodSpec) -> ClosedForm:
+    """The same for one that searches values (`MethodSpec.is_closed_form`)."""
+    return CLOSED_FORM[spec.name](spec)
+
+
+def build_gradient_method(spec: MethodSpec) -> GradientMethod:
+    """The same for one that works on gradients."""
+    return GRADIENT[spec.name](spec)
 
 
 def wraps_updates(spec: MethodSpec) -> bool:

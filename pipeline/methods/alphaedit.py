@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pipeline.editing.equations import Penalty
-from pipeline.methods.base import Method
+from pipeline.methods.closed_form import ClosedForm
 
 
-class AlphaEdit(Method):
+class AlphaEdit(ClosedForm):
     """Old keys are protected by leaving their directions alone; earlier edits by their keys."""
 
     remembers = True

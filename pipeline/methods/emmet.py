@@ -8,10 +8,10 @@ D K = R holds exactly and mu does not matter; for one edit that is ROME's update
 from torch import Tensor
 
 from pipeline.editing.equations import ConstrainedEdits, NormalEquations, Penalty
-from pipeline.methods.base import Method
+from pipeline.methods.closed_form import ClosedForm
 
 
-class Emmet(Method):
+class Emmet(ClosedForm):
     """One solver with two parametrisations: MEMIT's, or the constraints themselves."""
 
     def penalty(self, covariance_FF: Tensor) -> Penalty:

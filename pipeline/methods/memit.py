@@ -6,10 +6,10 @@ Each update is R K^T (lambda C + K K^T)^-1 (equation 14).
 from torch import Tensor
 
 from pipeline.editing.equations import Penalty
-from pipeline.methods.base import Method
+from pipeline.methods.closed_form import ClosedForm
 
 
-class Memit(Method):
+class Memit(ClosedForm):
     """Old keys are protected by the covariance of a corpus, A = lambda C."""
 
     def penalty(self, covariance_FF: Tensor) -> Penalty:

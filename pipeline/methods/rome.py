@@ -15,10 +15,10 @@ from pipeline.editing.equations import NormalEquations, Penalty
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.solve import Factor, require_finite
 from pipeline.editing.update import Update
-from pipeline.methods.base import Method, missing
+from pipeline.methods.closed_form import ClosedForm, missing
 
 
-class Rome(Method):
+class Rome(ClosedForm):
     """One edit at a time; `method.rome.form` says with which keys."""
 
     def keys_and_residuals(

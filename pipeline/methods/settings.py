@@ -42,7 +42,7 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
             f" ({_shape(text_config)}); give {' and '.join(f'method.{name}' for name in needed)}"
             " (`editfleet trace` proposes layers)"
         )
-    method = _boundary_layers(method)
+    method = _bare_prompt(_boundary_layers(method))
     _check_layers(method, int(text_config.num_hidden_layers))
     samples = spec.covariance.samples or published.get("covariance", {}).get("samples")
     corpus = spec.covariance.corpus or published.get("covariance", {}).get("corpus")
@@ -101,6 +101,13 @@ def _boundary_layers(method: MethodSpec) -> MethodSpec:
             f" method.layers is {list(method.layers)}; give at least two"
         )
     return method.model_copy(update={"layers": (method.layers[0], method.layers[-1])})
+
+
+def _bare_prompt(method: MethodSpec) -> MethodSpec:
+    """Contexts are for values; a gradient method takes the prompt alone unless it is given some."""
+    if method.is_closed_form or method.contexts is not None:
+        return method
+    return method.model_copy(update={"contexts": ("{}",)})
 
 
 def _needed(method: MethodSpec) -> list[str]:

@@ -150,7 +150,9 @@ def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
     updates, probe_shards = len(store.parts("update")), begun.plan.probe_shards
     value_shards = begun.plan.shards * len(spec.method.stages)
     found = [
-        of_parts("values", "values", rounds, value_shards),
+        of_parts("values", "values", rounds, value_shards)
+        if spec.method.is_closed_form
+        else of_parts("training", "training", rounds, len(rounds), "rounds"),
         Phase("insertion", updates, len(rounds) * len(spec.method.layers), "layers"),
     ]
     if spec.evaluation.probes:

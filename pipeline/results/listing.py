@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,10 +13,13 @@ from pipeline.results.damage import first_problem
 
 log = logging.getLogger(__name__)
 
-TableKind = Literal["edits", "values", "metrics", "general", "trace"]
-TensorKind = Literal["update", "keys"]
-Kind = Literal["edits", "values", "metrics", "update", "general", "keys", "trace"]
-KINDS: tuple[Kind, ...] = ("edits", "values", "metrics", "update", "general", "keys", "trace")
+TableKind = Literal["edits", "values", "metrics", "general", "trace", "training"]
+TensorKind = Literal["update", "keys", "state"]
+Kind = Literal[
+    "edits", "values", "metrics", "update", "general", "keys", "trace", "training", "state"
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_TENSOR_KINDS: tuple[TensorKind, ...] = get_args(TensorKind)
 
 _Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 _Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -32,10 +35,10 @@ def table_part_name(kind: TableKind, round: int, shard: int) -> str:
 
 
 def tensors_name(kind: TensorKind, round: int, layer: int) -> str:
-    """Name of a layer's update, or of its keys and residuals, inside the run directory."""
+    """Name of a layer's update, of its keys and residuals, or of a round's state."""
     if kind == "update":
         return f"updates/round={round:05d}/layer-{layer:05d}.safetensors"
-    return f"keys/round={round:05d}/layer={layer:03d}.safetensors"
+    return f"{kind}/round={round:05d}/layer={layer:03d}.safetensors"
 
 
 class Part(BaseModel):
@@ -43,7 +46,8 @@ class Part(BaseModel):
 
     A Parquet part has `rows`, `shard` and `weight_version` (how many updates the model held), and
     `failed`: the requests of its shard that have no row because they failed, case_id -> reason.
-    An update has `layer`, and so have keys. A line with `withdrawn` unlists the name again.
+    An update has `layer`, and so have keys and states. A line with `withdrawn` unlists the name
+    again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -63,14 +67,14 @@ class Part(BaseModel):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         table_fields = (self.shard, self.rows, self.weight_version)
-        if self.kind == "update" or self.kind == "keys":
+        if self.kind in _TENSOR_KINDS:
             if self.layer is None or table_fields != (None, None, None) or self.failed:
                 raise ValueError("an update has a layer and no shard, rows or weight_version")
-            expected = tensors_name(self.kind, self.round, self.layer)
+            expected = tensors_name(cast("TensorKind", self.kind), self.round, self.layer)
         else:
             if self.shard is None or None in table_fields or self.layer is not None:
                 raise ValueError("a part has a shard, rows and weight_version and no layer")
-            expected = table_part_name(self.kind, self.round, self.shard)
+            expected = table_part_name(cast("TableKind", self.kind), self.round, self.shard)
         if self.round == -1 and self.kind not in ("metrics", "general", "trace"):
             raise ValueError(
                 "only metrics, general and trace can have round -1, the unedited model"

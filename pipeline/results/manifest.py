@@ -85,7 +85,7 @@ class Begun(_Part):
     plan: Cut
     held_out: HeldOut | None = None
     model: Model
-    covariance: CovarianceDigests
+    covariance: CovarianceDigests | None = None
     workers: Workers
     versions: dict[str, str | None]
     seconds: dict[str, float] = {}

@@ -151,6 +151,20 @@ probabilities of `answer`, the clean run's next token, the last two as means ove
 `effect` is `restored` less `corrupted`. `window` counts the blocks around `layer` that are restored
 at once, before they are clipped at the model's ends. `round` is -1, the unedited model."""
 
+TRAINING = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("epoch", pa.int32()),
+        _required("step", pa.int32()),
+        _required("edits", pa.int32()),
+        _required("loss", pa.float32()),
+        _required("seconds", pa.float32()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row a step of a gradient method. `loss` is the mean over its `edits` before the step, in nats
+a target token; `step` counts within the epoch."""
+
 HARNESS = pa.schema(
     [
         _required("round", pa.int32()),
@@ -180,6 +194,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "metrics": METRICS,
     "general": GENERAL,
     "trace": TRACE,
+    "training": TRAINING,
     "harness": HARNESS,
 }
 

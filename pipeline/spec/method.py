@@ -34,7 +34,11 @@ class ValueSpec(Part):
     """Block whose output the loss is read from; only the last one (null) is supported."""
 
 
-MethodName = Literal["memit", "memit_accumulated", "emmet", "pmet", "alphaedit", "rome"]
+MethodName = Literal[
+    "memit", "memit_accumulated", "emmet", "pmet", "alphaedit", "rome", "ft", "ultraedit"
+]
+GRADIENT_METHODS = frozenset({"ft", "ultraedit"})
+"""Methods that make updates from gradients of the target's loss, without values and covariances."""
 Wrapper = Literal["merge", "nas", "rect", "prune", "blue"]
 
 
@@ -93,11 +97,48 @@ class NasSpec(Part):
     """An edit whose v is longer than this many anchors is not made."""
 
 
+class FineTuningSpec(Part):
+    """Fine-tuning (arXiv 2012.00363; 2202.05262)."""
+
+    read: Literal["target_tokens", "last_prompt_token"] = "target_tokens"
+    """Where a target is predicted: each token behind the ones before it (FT-M), or all of them at
+    the prompt's last token (the published FT and FT-L, which cannot learn two tokens in order)."""
+    norm_constraint: Annotated[Finite, Field(gt=0)] | None = None
+    """FT-L: no entry of a weight goes further than this from where it was; null is FT."""
+    constraint_around: Literal["unedited", "round"] = "unedited"
+    """Where it was: in the unedited model, so that a whole study keeps the bound, or at the round's
+    beginning, as published."""
+    epochs: Positive = 25
+    """Times that every edit is gone through at most."""
+    learning_rate: Annotated[Finite, Field(gt=0)] = 5e-4
+    """Adam's learning rate."""
+    weight_decay: Annotated[Finite, Field(ge=0)] = 0.0
+    """Adam's weight decay (added to the gradient)."""
+    batch_size: Positive = 128
+    """Edits of one step."""
+    stop_loss: Annotated[Finite, Field(ge=0)] = 1e-2
+    """A step is left out where its mean loss is below this, and an epoch's mean below it is the
+    end."""
+
+
+class UltraEditSpec(Part):
+    """UltraEdit (arXiv 2505.14679)."""
+
+    learning_rate: Annotated[Finite, Field(gt=0)] = 1e-6
+    """Eta, the scale of every update."""
+    ridge: Annotated[Finite, Field(gt=0)] = 1.0
+    """Weight of ||dW||_F^2 in the regression."""
+    variance: Literal["biased", "unbiased"] = "biased"
+    """How a batch's variance enters the running one; `unbiased` counts too much, as the published
+    code does."""
+
+
 class MethodSpec(Part):
     """How to edit. Settings left null come from the model's published defaults."""
 
     name: MethodName = "memit"
-    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit or rome; docs/methods.md."""
+    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft or ultraedit;
+    docs/methods.md."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is put around it, in this order: merge and nas on values; rect and prune on updates;
     blue, wherever it stands, on the layers."""
@@ -123,11 +164,18 @@ class MethodSpec(Part):
     nas: NasSpec = NasSpec()
     rect: RectSpec = RectSpec()
     prune: PruneSpec = PruneSpec()
+    ft: FineTuningSpec = FineTuningSpec()
+    ultraedit: UltraEditSpec = UltraEditSpec()
+
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether values are searched and solved for, with the covariance of keys."""
+        return self.name not in GRADIENT_METHODS
 
     @property
     def uses_covariance_weight(self) -> bool:
         """Whether the method weighs the covariance at all."""
-        return self.name not in ("alphaedit", "rome")
+        return self.is_closed_form and self.name not in ("alphaedit", "rome")
 
     @property
     def stages(self) -> tuple[tuple[int, ...], ...]:
@@ -169,6 +217,13 @@ class MethodSpec(Part):
             raise ValueError(
                 f"norm_penalty: {self.name} has none; alphaedit.ridge is AlphaEdit's own"
             )
+        if not self.is_closed_form:
+            of_values = [name for name in self.wrappers if name in ("merge", "nas", "blue")]
+            if of_values:
+                raise ValueError(
+                    f"wrappers: {of_values[0]} changes how values are found, and {self.name} has no"
+                    " values; it takes rect and prune"
+                )
         for context in self.contexts or ():
             if context.count("{}") != 1:
                 raise ValueError(f"contexts: {context!r} must hold {{}} exactly once")

@@ -17,6 +17,7 @@ _PHASES = {
     "values": "values",
     "read_keys": "insertion",
     "apply": "insertion",
+    "gradients": "training",
     "covariance": "covariance",
     "value_lengths": "anchor",
     "evaluate": "evaluation",

@@ -20,7 +20,7 @@ from pipeline.covariances import covariance_path
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
-from pipeline.methods import build_method
+from pipeline.methods import build_closed_form
 from pipeline.models.editable import EditableModel
 from pipeline.models.loading import fuse_activations
 from pipeline.prompts import tokenize_edits
@@ -73,7 +73,10 @@ def _loop(studies: Studies, run: Run) -> dict[tuple[int, int], torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     fuse_activations(model)
     editable, tokenizer = EditableModel(model), AutoTokenizer.from_pretrained(directory)
-    weights, method = EditedWeights(editable, tuple(LAYERS)), build_method(run_spec(run).method)
+    weights, method = (
+        EditedWeights(editable, tuple(LAYERS)),
+        build_closed_form(run_spec(run).method),
+    )
     past, updates = PastGrams(1), {}
     for round, shards in enumerate(make_plan(studies.spec(run.path)).rounds.shards):
         requests = [request for shard in shards for request in shard.items]

@@ -14,7 +14,7 @@ from pipeline.editing.covariance import gram_sums
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
-from pipeline.methods import Method, build_method, resolve_settings
+from pipeline.methods import ClosedForm, build_closed_form, resolve_settings
 from pipeline.results import RunStore
 from pipeline.results.keys import read_keys
 from pipeline.spec import MethodSpec, ValueSpec, parse_spec
@@ -72,9 +72,9 @@ def _plainly(tiny: Case, edits: list[Edit]) -> Iterator[tuple[list[Tensor], Tens
         yield values, update
 
 
-def _method(**settings: object) -> Method:
+def _method(**settings: object) -> ClosedForm:
     given = {"layers": EDGES, "covariance_weight": WEIGHT, "wrappers": ("blue",), **settings}
-    return build_method(MethodSpec.model_validate({**given, "value": ValueSpec(**SETTINGS)}))
+    return build_closed_form(MethodSpec.model_validate({**given, "value": ValueSpec(**SETTINGS)}))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_every_method_writes_the_whole_of_what_is_missing(
 def test_pmet_takes_the_whole_too() -> None:
     tiny, zero = case("gpt2"), torch.zeros(3, 32, dtype=torch.float64)
     method = _method(name="pmet")
-    alone = build_method(method.spec.model_copy(update={"layers": (2,), "wrappers": ()}))
+    alone = build_closed_form(method.spec.model_copy(update={"layers": (2,), "wrappers": ()}))
     prompts = tiny.prompts(THREE)
     pairs = zip(
         method.find_values(tiny.editable, prompts, 3, stage=1),

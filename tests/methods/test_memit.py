@@ -11,7 +11,7 @@ from pipeline.editing.equations import FewEdits, ManyEdits
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.update import EditedWeights, Update
 from pipeline.editing.values import ValueSettings
-from pipeline.methods import METHODS, Method, build_method
+from pipeline.methods import CLOSED_FORM, ClosedForm, build_closed_form
 from pipeline.spec import MethodSpec, ValueSpec
 from tests.cases import (
     ALL_FAMILIES,
@@ -34,9 +34,9 @@ WEIGHT = 5.0
 MANY, FEW = 64, 63  # at least as many edits as a key has entries, or fewer
 
 
-def _method(layers: tuple[int, ...] = LAYERS) -> Method:
+def _method(layers: tuple[int, ...] = LAYERS) -> ClosedForm:
     value = ValueSpec(**SETTINGS)
-    return build_method(MethodSpec(layers=layers, covariance_weight=WEIGHT, value=value))
+    return build_closed_form(MethodSpec(layers=layers, covariance_weight=WEIGHT, value=value))
 
 
 @cache
@@ -217,7 +217,7 @@ def test_an_edit_raises_the_probability_of_its_target(dtype: torch.dtype) -> Non
 def test_a_method_is_built_from_its_spec() -> None:
     value = ValueSpec(**SETTINGS)
     spec = MethodSpec(name="memit", layers=(1, 3), covariance_weight=7.0, value=value)
-    method = build_method(spec)
-    assert isinstance(method, METHODS["memit"])
+    method = build_closed_form(spec)
+    assert isinstance(method, CLOSED_FORM["memit"])
     assert (method.layers, method.spec) == ((1, 3), spec)
     assert method.value == ValueSettings(**SETTINGS)

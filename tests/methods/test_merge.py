@@ -14,7 +14,7 @@ from pipeline import run_sequential
 from pipeline.cluster.cutting import cut_by_subject, cut_shards
 from pipeline.cluster.plan import make_plan
 from pipeline.editing.values import ValueSettings, find_merged_values, find_values
-from pipeline.methods import Method, build_method
+from pipeline.methods import ClosedForm, build_closed_form
 from pipeline.methods.merge import first_of_each_value
 from pipeline.results import read
 from pipeline.results.keys import read_keys
@@ -39,9 +39,9 @@ GROUPS = [
 IN_ANY_ORDER = [GROUPS[0][0], GROUPS[2][0], *GROUPS[1], *GROUPS[0][1:], GROUPS[2][1]]
 
 
-def _method(*wrappers: str, **settings: Any) -> Method:
+def _method(*wrappers: str, **settings: Any) -> ClosedForm:
     given = {"layers": (0, 1), "covariance_weight": 1.0, "value": ValueSpec(**SETTINGS)}
-    return build_method(MethodSpec.model_validate({**given, "wrappers": wrappers, **settings}))
+    return build_closed_form(MethodSpec.model_validate({**given, "wrappers": wrappers, **settings}))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline import run_batch_edit
 from pipeline.editing.keys import KeyWave
 from pipeline.errors import InputError
-from pipeline.methods import build_method, mean_length
+from pipeline.methods import build_closed_form, mean_length
 from pipeline.results import Run, read
 from pipeline.spec import MethodSpec, ValueSpec
 from tests.cases import SETTINGS, THREE, case
@@ -27,7 +27,7 @@ def test_nas_gives_every_value_the_same_length() -> None:
     tiny = case("llama")
     given = {"layers": (0, 1), "covariance_weight": 1.0, "value": ValueSpec(**SETTINGS)}
     prompts = tiny.prompts(THREE)
-    found = build_method(MethodSpec(**given)).find_values(tiny.editable, prompts, 3)
+    found = build_closed_form(MethodSpec(**given)).find_values(tiny.editable, prompts, 3)
     bare = [replace(prompt, rewrites=prompt.rewrites[:1]) for prompt in prompts]
     keys, hidden = KeyWave(tiny.editable, bare, 1, max_tokens=100).read(1)
     outputs = keys @ tiny.editable.oriented_weight(1).T
@@ -37,7 +37,7 @@ def test_nas_gives_every_value_the_same_length() -> None:
     # Between the longest and the others: that one is left out.
     drop_above = (max(lengths) + anchor) / (2 * anchor)
     nas = {"anchor_norm": anchor, "drop_above": drop_above}
-    method = build_method(MethodSpec(**given, wrappers=("nas",), nas=nas))
+    method = build_closed_form(MethodSpec(**given, wrappers=("nas",), nas=nas))
     for i, (before, after) in enumerate(
         zip(found, method.find_values(tiny.editable, prompts, 3), strict=True)
     ):

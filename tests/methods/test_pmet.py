@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.values import ValueSettings, find_values
-from pipeline.methods import Method, build_method
+from pipeline.methods import ClosedForm, build_closed_form
 from pipeline.spec import MethodSpec, ValueSpec
 from tests.cases import (
     ALL_FAMILIES,
@@ -78,9 +78,9 @@ def test_a_target_that_is_predicted_counts_less() -> None:
     assert min(ended) < 8 and len(set(ended)) > 1, ended
 
 
-def _method(layers: tuple[int, ...], **settings: Any) -> Method:
+def _method(layers: tuple[int, ...], **settings: Any) -> ClosedForm:
     given = {"name": "pmet", "layers": layers, "covariance_weight": 1.0, **settings}
-    return build_method(MethodSpec.model_validate({**given, "value": ValueSpec(**SETTINGS)}))
+    return build_closed_form(MethodSpec.model_validate({**given, "value": ValueSpec(**SETTINGS)}))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "opt"])

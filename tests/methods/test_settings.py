@@ -9,7 +9,7 @@ from transformers import AutoConfig, Gemma3Config, GPT2Config, PreTrainedConfig
 
 from pipeline.editing.values import ValueSettings
 from pipeline.errors import InputError
-from pipeline.methods import METHODS
+from pipeline.methods import CLOSED_FORM
 from pipeline.methods import settings as module
 from pipeline.methods.settings import EDITING_FILE, resolve_settings, value_settings
 from pipeline.models.anatomy import FAMILIES
@@ -203,7 +203,7 @@ def test_rome_takes_the_last_of_the_layers_published_for_several(tmp_path: Path)
 
 
 def test_only_methods_that_weigh_the_covariance_need_its_weight() -> None:
-    for name in METHODS:
+    for name in CLOSED_FORM:
         spec = _spec(method={"name": name, "layers": [1]})
         if name in ("alphaedit", "rome"):
             assert resolve_settings(spec, SMALL, "some/model")[0].method.layers == (1,)

@@ -1,0 +1,106 @@
+"""Requests as rows with a target behind them: which positions predict it, and what that costs.
+
+Shapes: N rows, T tokens, d hidden size, v vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.editing.batching import TokenBatch
+from pipeline.models.editable import EditableModel
+from pipeline.prompts import EditPrompts
+
+Read = Literal["target_tokens", "last_prompt_token"]
+"""Where a target's tokens are predicted: each behind the ones before it, or all of them at the
+prompt's last token, as the fine-tuning baseline of arXiv 2202.05262 does it in its code."""
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One row of tokens, and what is to be predicted in it.
+
+    Attributes:
+        edit: the number of the edit that it is of.
+        ids: token ids; the target's own follow the prompt's, but for the last.
+        places: for each target token the position that predicts it.
+        labels: the target tokens.
+        weight: of the row in its edit's loss; an edit's rows add up to 1.
+    """
+
+    edit: int
+    ids: tuple[int, ...]
+    places: tuple[int, ...]
+    labels: tuple[int, ...]
+    weight: float
+
+
+def target_rows(edits: Sequence[EditPrompts], read: Read) -> list[TargetRow]:
+    """Every edit behind every context template, the templates weighing alike."""
+    return [
+        _row(number, prompt.ids, edit.target, read, 1.0 / len(edit.rewrites))
+        for number, edit in enumerate(edits)
+        for prompt in edit.rewrites
+    ]
+
+
+def _row(
+    edit: int, prompt: tuple[int, ...], target: tuple[int, ...], read: Read, weight: float
+) -> TargetRow:
+    last = len(prompt) - 1
+    if read == "last_prompt_token":
+        return TargetRow(edit, prompt, (last,) * len(target), target, weight)
+    places = tuple(range(last, last + len(target)))
+    return TargetRow(edit, (*prompt, *target[:-1]), places, target, weight)
+
+
+@dataclass(frozen=True)
+class TargetBatch:
+    """The rows of a token batch, and where its loss is read.
+
+    Attributes:
+        batch: the rows, padded.
+        read: (n,) int64 distinct indices into rows * tokens, ascending: states that are read.
+        slots: (targets,) int64, the state among `read` that predicts each target token.
+        labels: (targets,) int64.
+        rows: (targets,) int64, the row of the batch that each belongs to.
+        weight: (targets,) float64, weight of each in its edit's loss.
+    """
+
+    batch: TokenBatch
+    read: Tensor
+    slots: Tensor
+    labels: Tensor
+    rows: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, batch: TokenBatch, rows: Sequence[TargetRow]) -> "TargetBatch":
+        """Lay out the rows of a batch; `rows` are all that its index numbers."""
+        width, device = batch.ids.shape[1], batch.ids.device
+        chosen = [rows[i] for i in batch.index.tolist()]
+        flat = [line * width + place for line, row in enumerate(chosen) for place in row.places]
+        read, slots = torch.tensor(flat).unique(return_inverse=True)
+        counts = torch.tensor([len(row.labels) for row in chosen])
+        weights = torch.tensor([row.weight / len(row.labels) for row in chosen]).double()
+        return cls(
+            batch,
+            read.to(device),
+            slots.to(device),
+            torch.tensor([label for row in chosen for label in row.labels]).to(device),
+            torch.arange(len(chosen)).repeat_interleave(counts).to(device),
+            weights.repeat_interleave(counts).to(device),
+        )
+
+    def losses(self, model: EditableModel, states: Tensor) -> Tensor:
+        """Weighted negative log-likelihoods, (rows,), nats; float32 or wider.
+
+        Args:
+            states: (n, d) normed hidden states at `read`.
+        """
+        likely = model.logits(states).log_softmax(-1)[self.slots, self.labels]
+        weighted = -likely * self.weight.to(likely.dtype)
+        return weighted.new_zeros(len(self.batch.index)).index_add(0, self.rows, weighted)
