@@ -60,6 +60,11 @@ class Removal:
         Raises:
             InputError: it kept no keys, or edits are not in its weights; up to ten are named.
         """
+        if not spec.method.is_closed_form:
+            raise InputError(
+                f"{store.path}: the edits of a round by {spec.method.name} cannot be told apart;"
+                " `unedit` is for methods that solve for values (docs/methods.md)"
+            )
         layers, edits = _layers(spec), []
         for round in range(read_begun(store).plan.rounds):
             kept = store.layers("keys", round)
@@ -221,6 +226,8 @@ def recorded_covariances(
         ResultsDamagedError: one is damaged.
     """
     begun = read_begun(store)
+    if begun.covariance is None:
+        raise ResultsDamagedError(f"{store.path}: the manifest names no covariances")
     place = Path(begun.covariance.directory) if directory is None else directory
     # What they were made from, the digests say.
     identity = CovarianceIdentity(

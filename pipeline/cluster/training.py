@@ -199,7 +199,7 @@ class Training:
         for outcome in self.scheduler.run(
             "gradients",
             pieces,
-            lambda piece, items: (piece.index, items, changes),
+            lambda _, items: (items, changes),
             split=is_first,
             version=self.scheduler.version,
             round=round,

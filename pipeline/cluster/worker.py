@@ -111,7 +111,7 @@ class EditWorker:
         self.weights = EditedWeights(self.model, self.method.layers)
         self._waves: dict[int, KeyWave] = {}
         self._waves_of = 0
-        self._laid_out: dict[int, TargetGradients] = {}
+        self._laid_out: dict[tuple[str, ...], TargetGradients] = {}
         self._laid_out_of: tuple[int, ...] = ()
         self._max_tokens = TOKENS_PER_BATCH[self.model.device.type]
 
@@ -242,17 +242,15 @@ class EditWorker:
 
     def gradients(
         self,
-        piece: int,
         requests: Sequence[EditRequest],
         changes: dict[int, Tensor] | None,
         *,
         version: int,
         round: int,
     ) -> tuple[int, Factors]:
-        """Take the gradients of a piece's edits, with changes on top of the edited weights.
+        """Take the gradients of some edits, with changes on top of the edited weights.
 
         Args:
-            piece: its number in the round.
             requests: the edits.
             changes: layer -> (D, F) float32; None is none.
 
@@ -261,17 +259,17 @@ class EditWorker:
 
         Raises:
             DivergedError: a loss is not finite, and the changes are to blame.
-            InputError: it is not finite without any change.
+            InputError: it is not finite before any change.
         """
         self._require(version)
-        laid_out = self._lay_out(piece, requests, round)
+        laid_out = self._lay_out(requests, round)
         assert isinstance(self.method, GradientMethod), "a method in closed form has values"
         with self.weights.tried(changes or {}):
             factors = laid_out.factors(self.method.tokens)
         finite = torch.isfinite(factors.losses).tolist()
         ruined = [r.case_id for r, fine in zip(requests, finite, strict=True) if not fine]
-        if ruined and changes is None and version == 0:
-            raise InputError(f"the loss of {quote(ruined[0])} is not finite on the unedited model")
+        if ruined and changes is None:
+            raise InputError(f"the loss of {quote(ruined[0])} is not finite")
         if ruined:
             raise DivergedError(
                 f"the losses of {len(ruined)} requests are not finite any more, the first of them"
@@ -361,21 +359,22 @@ class EditWorker:
             log.info("values: %d edits at once instead of %d, for want of memory", size, most)
         return size
 
-    def _lay_out(self, piece: int, requests: Sequence[EditRequest], round: int) -> TargetGradients:
-        """A piece's edits as rows; what lower blocks make of them is kept where there is room."""
+    def _lay_out(self, requests: Sequence[EditRequest], round: int) -> TargetGradients:
+        """Edits as rows; what lower blocks make of them is kept where there is room."""
         assert isinstance(self.method, GradientMethod)
         of = (round, self.weights.version)
         if of != self._laid_out_of:
             self._laid_out.clear()
             self._laid_out_of = of
-        found = self._laid_out.get(piece)
-        if found is None or len(found.edits) != len(requests):
+        case_ids = tuple(request.case_id for request in requests)
+        found = self._laid_out.get(case_ids)
+        if found is None:
             edits = tokenize_edits(self.tokenizer, requests, self.contexts)
             most = TOKENS_PER_BACKWARD[self.model.device.type]
             found = self.method.gradients(self.model, edits, most, keeps=True)
             kept = found.num_bytes + sum(other.num_bytes for other in self._laid_out.values())
             found.keeps = kept <= self.spec.cluster.hidden_states_gb * 1e9
-            self._laid_out[piece] = found
+            self._laid_out[case_ids] = found
         return found
 
     def _wave(self, shard: int, requests: Sequence[EditRequest], last: int) -> KeyWave:

@@ -85,7 +85,8 @@ class TargetBatch:
         flat = [line * width + place for line, row in enumerate(chosen) for place in row.places]
         read, slots = torch.tensor(flat).unique(return_inverse=True)
         counts = torch.tensor([len(row.labels) for row in chosen])
-        weights = torch.tensor([row.weight / len(row.labels) for row in chosen]).double()
+        shares = [row.weight / len(row.labels) for row in chosen]
+        weights = torch.tensor(shares, dtype=torch.float64)
         return cls(
             batch,
             read.to(device),

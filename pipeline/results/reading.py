@@ -93,6 +93,10 @@ class Run:
         """Return one row a restored run, as a `pyarrow.Table`, Polars or pandas data frame."""
         return self._table("trace", as_)
 
+    def training(self, as_: Frame = "arrow") -> Any:
+        """Return one row a step of a gradient method, as a `pyarrow.Table` or a data frame."""
+        return self._table("training", as_)
+
     def harness(self, as_: Frame = "arrow") -> Any:
         """Return what `editfleet harness` left, a row a metric, as a table or a data frame.
 

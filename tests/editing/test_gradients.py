@@ -1,0 +1,97 @@
+"""Gradients as factors against the weights' own, which whole plain passes leave."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from pipeline.editing.gradients import TargetGradients
+from pipeline.editing.targets import Read
+from pipeline.editing.update import EditedWeights
+from tests.cases import ALL_FAMILIES, CONTEXTS, EDITS, Case, case, draw, fresh, relative_error
+from tests.oracles import gradients as oracle
+
+
+def _gradients(
+    tiny: Case, layers: tuple[int, ...], read: Read, max_tokens: int = 512, keeps: bool = True
+) -> TargetGradients:
+    prompts = tiny.prompts(EDITS, CONTEXTS)
+    return TargetGradients(tiny.editable, prompts, layers, read, max_tokens, keeps)
+
+
+def _assert_as_plain(tiny: Case, layers: tuple[int, ...], read: Read, max_tokens: int) -> None:
+    found = _gradients(tiny, layers, read, max_tokens).factors("all")
+    downs = [tiny.down_projections[layer] for layer in layers]
+    losses, expected = oracle.gradients(
+        tiny.model, tiny.tokenizer, downs, EDITS, CONTEXTS,
+        last_prompt_token=read == "last_prompt_token",
+    )  # fmt: skip
+    assert torch.allclose(
+        found.losses, torch.tensor(losses).double(), rtol=max(tiny.tolerance, 1e-6)
+    )
+    for layer, gradient in zip(layers, expected, strict=True):
+        assert relative_error(found.matrix(layer), gradient) < tiny.tolerance
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_factors_multiply_to_the_weights_own_gradients(family: str) -> None:
+    _assert_as_plain(case(family), (1, 3), "target_tokens", 512)
+
+
+@pytest.mark.parametrize("layers", [(0,), (3,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("read", ["target_tokens", "last_prompt_token"])
+@pytest.mark.parametrize("max_tokens", [1, 60])
+def test_any_layers_read_and_batches(layers: tuple[int, ...], read: Read, max_tokens: int) -> None:
+    _assert_as_plain(case("gptj"), layers, read, max_tokens)
+
+
+def test_a_target_of_one_token_is_read_alike_and_of_two_not() -> None:
+    tiny = case("gpt2")
+    prompts = tiny.prompts([*EDITS, EDITS[0]._replace(target_new="in")], CONTEXTS)
+    behind, at_prompt = (
+        TargetGradients(tiny.editable, prompts, (2,), read, 512).factors("all").losses
+        for read in get_args(Read)
+    )
+    single = [len(prompt.target) == 1 for prompt in prompts]
+    assert any(single) != all(single)
+    assert torch.isclose(behind, at_prompt, rtol=1e-9).tolist() == single
+
+
+def test_target_factors_are_those_of_the_tokens_that_predict_one() -> None:
+    tiny = case("llama")
+    gradients = _gradients(tiny, (1, 3), "target_tokens")
+    every, chosen = gradients.factors("all"), gradients.factors("target")
+    count = sum(len(p.target) * len(p.rewrites) for p in tiny.prompts(EDITS, CONTEXTS))
+    assert len(chosen.keys[1]) == len(chosen.gradients[1]) == count < len(every.keys[1])
+    # In the last block nothing but these tokens has a gradient.
+    assert len(chosen.keys[3]) == count
+    assert relative_error(chosen.matrix(3), every.matrix(3)) < 1e-12
+
+
+def test_what_enters_is_kept_and_the_edited_layers_see_new_weights() -> None:
+    tiny = fresh("gpt_neox")
+    weights = EditedWeights(tiny.editable, (1, 2))
+    kept, anew = (_gradients(tiny, (1, 2), "target_tokens", keeps=keeps) for keeps in (True, False))
+    before = kept.factors("all").losses
+    assert kept.num_bytes > 0 == anew.num_bytes
+    change = {2: 0.1 * draw(32, 64)}
+    pristine = tiny.editable.oriented_weight(2).clone()
+    with weights.tried(change):
+        found = kept.factors("all").losses
+        assert torch.equal(found, anew.factors("all").losses)
+    assert not torch.allclose(found, before)
+    assert torch.equal(tiny.editable.oriented_weight(2), pristine) and weights.version == 0
+    assert torch.equal(kept.factors("all").losses, before)
+
+
+def test_a_change_that_is_tried_comes_on_top_of_what_was_applied() -> None:
+    tiny = fresh("gpt2", torch.float32)
+    weights = EditedWeights(tiny.editable, (1,))
+    first, second = (0.1 * draw(32, 64, seed=seed).float() for seed in (1, 2))
+    weights.apply(1, first)
+    applied = tiny.editable.oriented_weight(1).clone()
+    with weights.tried({1: second}):
+        tried = tiny.editable.oriented_weight(1).clone()
+    assert torch.equal(tiny.editable.oriented_weight(1), applied)
+    weights.apply(1, second)
+    assert torch.equal(tiny.editable.oriented_weight(1), tried)
