@@ -8,12 +8,14 @@ import torch
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.tree import groups_of
+from pipeline.methods import build_gradient_method
 from pipeline.models.editable import resolve_device
 from pipeline.models.loading import load_tokenizer
 from pipeline.planning.memory import batch_size, estimate_memory, local_workers, update_bytes
 from pipeline.planning.outline import ModelOutline, outline
 from pipeline.planning.rates import crossing_seconds, makespan, rate_as_busy
 from pipeline.planning.work import Pieces, Work, count_work, expected_steps, sample_edits
+from pipeline.prompts import EditPrompts
 from pipeline.results.planned import Estimate, Transfer
 from pipeline.spec import JobSpec
 
@@ -21,6 +23,7 @@ WORKERS = (1, 8, 64)
 
 EFFICIENCY = {
     "values": 0.45,
+    "gradients": 0.40,
     "keys": 0.27,
     "scoring": 0.40,
     "generation": 0.10,
@@ -34,7 +37,7 @@ Measured with counterfact-12m in float32, 2 workers of 1 thread that reached 90 
 products: values 42, keys 24 to 27, scoring 32 to 38 and covariance 50 GFLOP/s (the phases' seconds
 of runs of 1,000 and 10,000 edits; `python -m benchmarks.values` and its like measure them one by
 one). Merging is in float64, at half the rate and half the efficiency. Generation decodes token by
-token and is a guess.
+token and is a guess, and so are gradients until a run of theirs is timed.
 """
 CALL_SECONDS = 0.05
 """A call to a worker beyond its arithmetic: tokenising, sending, storing: 0.03 to 0.1."""
@@ -70,7 +73,10 @@ def make_estimate(
     measured = rate is None
     if rate is None:
         rate = measured_rate(spec, device, model.dtype)
-    moved = _moved(plan, model, len(work.covariance.shards))
+    if spec.method.is_closed_form:
+        moved = _moved(plan, model, len(work.covariance.shards))
+    else:
+        moved = _moved_in_training(plan, model, edits, len(work.gradients))
     batch = batch_size(plan, device)
     return Estimate(
         rate=rate,
@@ -161,12 +167,24 @@ def _seconds(
             found[name] += phase(work.generated[name], EFFICIENCY["generation"])
     if work.general:
         found["general"] = phase(work.general, EFFICIENCY["general"])
+    if work.gradients:
+        found["training"] = phase(work.gradients, EFFICIENCY["gradients"]) + crossing
+        return {name: found[name] for name in _ORDER if name in found}
     found["values"] = phase(work.values, EFFICIENCY["values"])
     found["insertion"] = phase(work.keys, EFFICIENCY["keys"]) + merge + apply + crossing
     return {name: found[name] for name in _ORDER if name in found}
 
 
-_ORDER = ("start", "covariance", "baseline", "values", "insertion", "evaluation", "general")
+_ORDER = (
+    "start",
+    "covariance",
+    "baseline",
+    "values",
+    "insertion",
+    "training",
+    "evaluation",
+    "general",
+)
 _FLOAT, _DOUBLE = 4, 8
 _VALUE_ROW_BYTES, _METRICS_ROW_BYTES = 60, 150
 # Of Parquet, compressed. Measured with CounterFact: 38 and 92 bytes a row, 28 and 32 an edit.
@@ -194,6 +212,29 @@ def _moved(plan: Plan, model: ModelOutline, covariance_shards: int) -> Transfer:
     )
 
 
+def _moved_in_training(
+    plan: Plan, model: ModelOutline, edits: Sequence[EditPrompts], steps: int
+) -> Transfer:
+    """Of a gradient method: `keys` are factors, `updates` what every step changes, dense."""
+    method, d = build_gradient_method(plan.spec.method), model.hidden_size
+    tokens = [
+        sum(
+            len(edit.target) + (len(row.ids) - 1 if method.tokens == "all" else 0)
+            for row in edit.rewrites
+        )
+        for edit in edits
+    ]
+    rows = plan.num_requests * method.epochs * sum(tokens) / len(tokens)
+    sizes = [model.key_size(layer) for layer in plan.layers]
+    return Transfer(
+        values=0,
+        keys=int(rows * sum(f + d for f in sizes) * _FLOAT),
+        updates=sum(f * d for f in sizes) * _FLOAT * steps,
+        metrics=_num_scored(plan) * _METRICS_ROW_BYTES,
+        covariance=0,
+    )
+
+
 def _stored(plan: Plan, model: ModelOutline) -> dict[str, int]:
     """Bytes of a run's parts; `edits`, `values`, `metrics`, `update` and a study's `keys`."""
     d = model.hidden_size
@@ -201,10 +242,12 @@ def _stored(plan: Plan, model: ModelOutline) -> dict[str, int]:
     rounds = [sum(len(shard.items) for shard in shards) for shards in plan.rounds.shards]
     found = {
         "edits": len(plan.rows) * _EDIT_STORED_BYTES,
-        "values": plan.num_requests * len(plan.stages) * d * _FLOAT,
         "metrics": _num_scored(plan) * _METRICS_STORED_BYTES,
-        "update": sum(update_bytes(edits, f, d) for edits in rounds for f in sizes),
     }
+    if not plan.spec.method.is_closed_form:
+        return {**found, "update": len(rounds) * sum(f * d * _FLOAT for f in sizes)}
+    found["values"] = plan.num_requests * len(plan.stages) * d * _FLOAT
+    found["update"] = sum(update_bytes(edits, f, d) for edits in rounds for f in sizes)
     if plan.spec.rounds is not None:
         found["keys"] = sum(edits * (f + d) * _FLOAT for edits in rounds for f in sizes)
     return found

@@ -102,6 +102,32 @@ def value_flops(
     return total
 
 
+def gradient_flops(
+    size: ModelSize, edits: Sequence[EditPrompts], layer: int, passes: float, *, at_prompt: bool
+) -> float:
+    """FLOP of so many gradients of the target's loss, summed over edits.
+
+    What lies below the lowest edited block runs once. From there on every pass goes forwards and
+    backwards, the last MLP and the vocabulary where the loss is read only.
+
+    Args:
+        size: the model's.
+        edits: tokenised requests.
+        layer: the lowest edited block.
+        passes: gradients of every edit.
+        at_prompt: whether the target is predicted at the prompt's last token, and not run itself.
+    """
+    below, above = size.up_to(layer - 1), size.above(layer - 1)
+    total = 0.0
+    for edit in edits:
+        target = 1 if at_prompt else len(edit.target)
+        tokens = sum(len(row.ids) + target - 1 for row in edit.rewrites)
+        read = target * len(edit.rewrites)
+        a_pass = (above - size.mlps[-1]) * tokens + (size.mlps[-1] + size.unembedding) * read
+        total += 2.0 * below * tokens + 4.0 * passes * a_pass
+    return total
+
+
 def key_flops(size: ModelSize, edits: Sequence[EditPrompts], layers: Sequence[int]) -> float:
     """FLOP of keys and residuals: all prompts to the last layer once, bare ones again a layer.
 

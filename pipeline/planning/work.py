@@ -11,15 +11,18 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.cluster.covariance import AMPLE_TOKENS_PER_KEY_ENTRY, text_shards
+from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.plan import Plan, cut_probes
 from pipeline.cluster.rounds import BASELINE_ROUND
+from pipeline.cluster.training import EDITS_OF_A_PIECE
 from pipeline.evaluation.packing import Layout, encode_probes
 from pipeline.evaluation.probes import Probe
-from pipeline.methods import build_method
+from pipeline.methods import build_gradient_method, build_method
 from pipeline.planning.flops import (
     ModelSize,
     covariance_flops,
     factor_flops,
+    gradient_flops,
     key_flops,
     reduce_flops,
     scoring_flops,
@@ -75,6 +78,7 @@ class Work:
         covariance: one pass over the corpus; empty where `covariance.path` holds every layer.
         covariance_tokens: tokens of that pass.
         steps: steps that an edit is taken to need.
+        gradients: of every step of every round, of a method that works on them.
     """
 
     values: tuple[Pieces, ...]
@@ -87,6 +91,7 @@ class Work:
     covariance: Pieces = Pieces(())
     covariance_tokens: float = 0.0
     steps: float = 0.0
+    gradients: tuple[Pieces, ...] = ()
 
 
 def count_work(
@@ -106,6 +111,8 @@ def count_work(
         steps: steps that an edit takes.
     """
     size, layers = ModelSize.of(model), plan.layers
+    if not plan.spec.method.is_closed_form:
+        return _gradient_work(plan, model, size, tokenizer, edits)
     taken, stages = [steps] * len(edits), plan.stages
     of_value = [value_flops(size, edits, taken, stage[-1]) / len(edits) for stage in stages]
     of_key = [
@@ -136,6 +143,41 @@ def count_work(
         covariance=covariance,
         covariance_tokens=tokens,
         steps=steps,
+    )
+
+
+def _gradient_work(
+    plan: Plan,
+    model: ModelOutline,
+    size: ModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[EditPrompts],
+) -> Work:
+    """What a plan of a gradient method computes, if it goes through all epochs that it may."""
+    method = build_gradient_method(plan.spec.method)
+    layer, at_prompt = method.layers[0], method.read == "last_prompt_token"
+    # What runs once is spread over the epochs.
+    total = gradient_flops(size, edits, layer, method.epochs, at_prompt=at_prompt)
+    of_edit = total / method.epochs / len(edits)
+    steps: list[Pieces] = []
+    for shards in plan.rounds.shards:
+        items = [request for shard in shards for request in shard.items]
+        epoch = [
+            Pieces(tuple(of_edit * len(p.items) for p in cut_shards(batch, EDITS_OF_A_PIECE)))
+            for batch in method.batches(items)
+        ]
+        steps += epoch * method.epochs
+    scored, generated = _evaluation(plan, model, size, tokenizer)
+    return Work(
+        values=(),
+        keys=(),
+        merge=0.0,
+        apply=0.0,
+        scored=scored,
+        generated=generated,
+        general=_general(plan, size, tokenizer),
+        steps=method.epochs,
+        gradients=tuple(steps),
     )
 
 

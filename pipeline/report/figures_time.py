@@ -28,6 +28,7 @@ PHASES = (
     "baseline",
     "values",
     "insertion",
+    "training",
     "evaluation",
     "general",
 )
@@ -35,6 +36,7 @@ _ROUND_PHASES = {
     "values and insertion": ("values", "insertion"),
     "values": ("values",),
     "insertion": ("insertion",),
+    "training": ("training",),
     "evaluation": ("evaluation", "general"),
 }
 

@@ -15,6 +15,7 @@ from pipeline.report.neighbours import Neighbours, worst_neighbours
 from pipeline.report.norms import UpdateNorm, update_norms
 from pipeline.report.reading import flattened, read_columns
 from pipeline.report.status import RunStatus, run_status
+from pipeline.results.listing import TableKind
 from pipeline.results.place import MANIFEST
 from pipeline.results.planned import Estimate, read_estimate
 from pipeline.results.reading import Run
@@ -78,6 +79,7 @@ class Findings:
         forgetting: scores of a study; None for a batch, whose are in the summary.
         norms: of the stored updates.
         values: columns of values/ as float64, not a number where there is none.
+        training: columns of training/ as float64.
         problems: the first requests that were not applied, as rows of edits/.
         neighbours: None where they were not scored before and after.
         estimate: what it was planned to take; None without a plan.
@@ -95,6 +97,7 @@ class Findings:
     forgetting: Forgetting | None
     norms: list[UpdateNorm]
     values: dict[str, Floats]
+    training: dict[str, Floats]
     problems: list[dict[str, Any]]
     neighbours: Neighbours | None
     estimate: Estimate | None
@@ -150,6 +153,7 @@ def find(run: Run) -> Findings:
         forgetting=forgetting(_metrics(run, whole)) if rounds > 1 else None,
         norms=norms,
         values=_values(run),
+        training=_columns(run, "training", ["round", "epoch", "step", "edits", "loss"]),
         problems=_problems(run),
         neighbours=worst_neighbours(run, last) if last >= 0 else None,
         estimate=read_estimate(run.path),
@@ -161,7 +165,8 @@ def find(run: Run) -> Findings:
 def _whole_rounds(run: Run) -> list[int]:
     """The rounds of a run under way whose scores are all there: edits/ is written after them."""
     rounds = set(read_columns(run, "edits", ["round"])["round"].to_pylist())
-    return sorted(rounds | ({-1} if run.files("values") else set()))
+    is_past_baseline = run.files("values") or run.files("training")
+    return sorted(rounds | ({-1} if is_past_baseline else set()))
 
 
 def _metrics(run: Run, rounds: list[int] | None) -> pa.Table:
@@ -178,7 +183,11 @@ def _summary_so_far(run: Run, recorded: Recorded, rounds: list[int]) -> dict[str
 
 def _values(run: Run) -> dict[str, Floats]:
     names = ["round", "initial_norm", "delta_norm", "steps", "loss", "target_probability"]
-    table = read_columns(run, "values", [*names, "seconds"])
+    return _columns(run, "values", [*names, "seconds"])
+
+
+def _columns(run: Run, kind: TableKind, names: list[str]) -> dict[str, Floats]:
+    table = read_columns(run, kind, names)
     return {name: table[name].cast(pa.float64()).to_numpy() for name in table.column_names}
 
 

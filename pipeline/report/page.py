@@ -16,6 +16,7 @@ from pipeline.report import (
     figures_search,
     figures_time,
     figures_trace,
+    figures_training,
     planned,
     tables,
     tables_compared,
@@ -187,6 +188,7 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Figure], Sequence[_Table]]] = (
         [figures_search.value_search, figures_search.search_by_round],
         [tables.value_search],
     ),
+    ("training", "Training", [figures_training.loss_by_epoch], []),
     (
         "time",
         "Time and workers",

@@ -19,7 +19,7 @@ from pipeline.planning.outline import outline
 from pipeline.planning.rates import crossing_seconds, rate_as_busy
 from pipeline.report.page import write_report
 from pipeline.report.plan import comparison_seconds
-from pipeline.results.planned import read_estimate, write_estimate
+from pipeline.results.planned import Estimate, read_estimate, write_estimate
 from pipeline.spec import ModelSpec
 from tests.tiny_jobs import TinyJobs, records
 
@@ -127,3 +127,16 @@ def test_studies_are_planned_one_by_one_and_added_up(
     assert memory.worker["weights"] == estimates[0].memory.worker["weights"]
     runs = run_comparison(load_spec(spec))
     assert [run.path.name for run in runs] == labels, "a planned study begins in its directory"
+
+
+def test_a_gradient_method_is_planned_by_its_epochs(tiny: TinyJobs, tmp_path: Path) -> None:
+    def found(epochs: int) -> Estimate:
+        changes = ("method.name=ft", f"method.ft={{epochs: {epochs}, batch_size: 5}}")
+        return make_estimate(make_plan(tiny.spec(tmp_path, *changes)), rate=1e9, workers=(1,))
+
+    once, often = found(1), found(10)
+    assert set(often.seconds[1]) == {"start", "baseline", "training", "evaluation"}
+    # Three steps of five edits at most, each a call.
+    assert often.seconds[1]["training"] == pytest.approx(10 * once.seconds[1]["training"], rel=0.2)
+    assert often.moved.updates == 10 * once.moved.updates and often.moved.values == 0
+    assert once.stored == often.stored and "values" not in once.stored
