@@ -174,7 +174,8 @@ class Training:
                 done += step.edits
             if self.method.is_done(steps):
                 break
-        ticker.advance(len(requests) * self.method.epochs - done)
+        if left := len(requests) * self.method.epochs - done:
+            ticker.advance(left)
         updates, state = engine.reduce("finish_round")
         return _Made(updates, state, rows)
 

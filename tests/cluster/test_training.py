@@ -20,7 +20,7 @@ from pipeline.report.page import write_report
 from pipeline.results import Run, read
 from pipeline.results.updates import read_update
 from pipeline.sources import read_requests
-from pipeline.spec import JobSpec
+from pipeline.spec import JobSpec, parse_spec
 from pipeline.unediting import unedit
 from tests.tiny_jobs import LAYERS, TinyJobs, digests, records
 
@@ -151,3 +151,26 @@ def test_what_needs_values_says_that_there_are_none(tiny: TinyJobs, tmp_path: Pa
     result = run_batch_edit(_spec(tiny, tmp_path / "run", *ULTRAEDIT))
     with pytest.raises(InputError, match="ultraedit"):
         unedit(result.path, ["0"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("method", "least_kept"),
+    [
+        ({"name": "ft", "layers": [2], "ft": {"learning_rate": 2e-3}}, 0.0),
+        ({"name": "ft", "layers": [0], "ft": {"epochs": 40, "norm_constraint": 8e-3}}, 0.3),
+        ({"name": "ultraedit", "layers": [2, 3], "ultraedit": {"learning_rate": 5e-4}}, 0.1),
+    ],
+    ids=["FT", "FT-L", "UltraEdit"],
+)
+def test_twenty_facts_of_the_embedded_world_are_learnt(
+    tmp_path: Path, method: dict[str, Any], least_kept: float
+) -> None:
+    content: dict[str, Any] = {
+        "requests": {"limit": 20},
+        "method": method,
+        "cluster": {"engine": "in_process"},
+        "output": {"path": str(tmp_path / "run")},
+    }
+    (_, scores) = run_batch_edit(parse_spec(content, "the test")).summary["evaluation"]["rounds"]
+    print({name: scores[name]["score"] for name in ("ES", "PS", "NS")})
+    assert scores["ES"]["score"] >= 95 and scores["NS"]["score"] >= 100 * least_kept
