@@ -201,7 +201,7 @@ def _unsound_training(
     found = {
         kind: [part for part in store.parts(kind, round) if part.name not in lost] for kind in KINDS
     }
-    wanted = {"update": len(plan.layers), "training": 1}
+    wanted: dict[Kind, int] = {"update": len(plan.layers), "training": 1}
     if build_gradient_method(plan.spec.method).remembers:
         wanted["state"] = 1
     damaged = {part.kind for part in lost.values() if part.round == round}

@@ -70,7 +70,7 @@ class Part(BaseModel):
         if self.kind in _TENSOR_KINDS:
             if self.layer is None or table_fields != (None, None, None) or self.failed:
                 raise ValueError("an update has a layer and no shard, rows or weight_version")
-            expected = tensors_name(cast("TensorKind", self.kind), self.round, self.layer)
+            expected = tensors_name(self.kind, self.round, self.layer)
         else:
             if self.shard is None or None in table_fields or self.layer is not None:
                 raise ValueError("a part has a shard, rows and weight_version and no layer")
