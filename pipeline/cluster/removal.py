@@ -65,7 +65,7 @@ class Removal:
             kept = store.layers("keys", round)
             if missing := [str(layer) for layer in layers if layer not in kept]:
                 raise InputError(
-                    f"{store.path} kept no keys of round {round}, layer {', '.join(missing)}, to"
+                    f"{store.place} kept no keys of round {round}, layer {', '.join(missing)}, to"
                     " solve from; make the run again with output.keep_keys: true"
                 )
             edits.append(read_case_ids(kept[layers[0]]))
@@ -76,11 +76,11 @@ class Removal:
         if not removed:
             raise InputError("no case_id is given; name the edits to take out")
         if strangers := [case_id for case_id in removed if case_id not in known]:
-            raise InputError(f"{store.path} holds no such edits: {_why(store, strangers)}")
+            raise InputError(f"{store.place} holds no such edits: {_why(store, strangers)}")
         for case_id in removed:
             if apart := [other for other in subjects.get(case_id, ()) if other not in removed]:
                 raise InputError(
-                    f"{store.path}: the edit {quote(case_id)} has one value with others of its"
+                    f"{store.place}: the edit {quote(case_id)} has one value with others of its"
                     f" subject (method.wrappers: merge); name {', '.join(map(quote, apart))} too"
                 )
         return cls(store, spec, frozenset(removed), tuple(edits))
@@ -237,13 +237,13 @@ def recorded_covariances(
     remedy = "restore them there, or say with --covariance (covariance=) where a copy is"
     if missing:
         raise InputError(
-            f"{store.path}: the covariances of layers {missing} that it was solved with are not in"
+            f"{store.place}: the covariances of layers {missing} that it was solved with are not in"
             f" {place}; {remedy}"
         )
     now, then = Covariances(found, tokens, place).digests(), begun.covariance.sha256
     if other := [layer for layer in layers if then.get(str(layer)) != now[str(layer)]]:
         raise FingerprintMismatchError(
-            f"{store.path}: the covariances of layers {other} in {place} are not those that it was"
+            f"{store.place}: the covariances of layers {other} in {place} are not those that it was"
             f" solved with; {remedy}"
         )
     return found
