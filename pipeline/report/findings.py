@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.evaluation.summary import summarise_job
+from pipeline.places import below
 from pipeline.report.forgetting import SCORED_COLUMNS, Forgetting, forgetting
 from pipeline.report.neighbours import Neighbours, worst_neighbours
 from pipeline.report.norms import UpdateNorm, update_norms

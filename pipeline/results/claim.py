@@ -41,9 +41,13 @@ class Claim:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         owner = asdict(Owner(socket.gethostname(), os.getpid(), now))
         data = json.dumps({**owner, "copy": self.copy_id}).encode()
-        if self.objects.create(OWNER, data):
-            return
-        if self._is_ours(found := self.objects.read(OWNER)):
+        # Asked first, for a store that does not know `If-None-Match` ignores it and writes.
+        found = self.objects.read(OWNER)
+        if found is None:
+            if self.objects.create(OWNER, data):
+                return
+            found = self.objects.read(OWNER)
+        if self._is_ours(found):
             self.objects.write(OWNER, data)
             return
         url = self.objects.url

@@ -45,13 +45,14 @@ class Tracked:
     artifacts: tuple[Path, ...]
 
     @classmethod
-    def of(cls, run: Path) -> "Tracked":
-        """Read a run directory.
+    def of(cls, run: str | Path) -> "Tracked":
+        """Read a run, in its directory or at its URL.
 
         Raises:
-            InputError: it is not a run directory, or not finished.
+            InputError: it is not a run, or not finished.
             ResultsDamagedError: a file of it is damaged.
         """
+        found = read(run)
         summary = found.summary
         final = {f"seconds/{name}": value for name, value in summary["seconds"].items()}
         final |= {f"requests/{name}": float(n) for name, n in summary["requests"].items()}
@@ -80,8 +81,7 @@ def track(run: str | Path, names: Sequence[str]) -> None:
     """
     if not names:
         return
-    opened = read(run)
-    tracked, known = Tracked.of(opened), _known(opened.path)
+    tracked, known = Tracked.of(run), _known(read(run).path)
     for name in names:
         library = _library(name)
         try:
