@@ -276,9 +276,9 @@ def test_a_driver_that_is_killed_is_gone_on_with_elsewhere(
     store = files()
     until = time.monotonic() + 240
     while time.monotonic() < until and driver.poll() is None:
-        if store.exists(f"{url}/manifest.jsonl"):
-            if store.cat_file(f"{url}/manifest.jsonl").count(b"\n") >= parts:
-                break
+        listing = f"{url}/manifest.jsonl"
+        if store.exists(listing) and store.cat_file(listing).count(b"\n") >= parts:
+            break
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
     driver.wait()

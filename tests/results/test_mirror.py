@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import EditfleetError, InputError, JobFailedError, ResultsDamagedError
@@ -18,6 +18,7 @@ from pipeline.results import RunStore, mirror, read
 from pipeline.results.mirror import driving
 from pipeline.results.place import OWNER, is_run
 from pipeline.results.remote import next_free_place, open_run
+from tests.fuzzing import fuzz
 
 MANIFEST = {
     "started": "2026-01-01T00:00:00+00:00",
@@ -37,6 +38,7 @@ class Store:
     requests: int = 0
     breaks_after: int | None = None
     error: type[Exception] = PermissionError
+    is_watched: bool = False
     looks: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -72,7 +74,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
             if made.breaks_after is not None and made.requests > made.breaks_after:
                 raise made.error("the store is broken")
             result = original(self, *args, **kwargs)
-            if "manifest.json" in made.objects:
+            if made.is_watched and "manifest.json" in made.objects:
                 made.looks.append(_contents(made.url))
             return result
 
@@ -133,6 +135,7 @@ def test_the_url_holds_what_the_copy_does(store: Store, tmp_path: Path) -> None:
 
 
 def test_at_every_moment_the_url_holds_a_sound_run(store: Store, tmp_path: Path) -> None:
+    store.is_watched = True
     with driving(tmp_path / "copy", store.url) as kept:
         assert kept is not None
         run = _open(store.url, tmp_path / "copy")
@@ -145,7 +148,7 @@ def test_at_every_moment_the_url_holds_a_sound_run(store: Store, tmp_path: Path)
     assert all(text[-1] == name[-9] for look in store.looks for name, text in look.items())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(quick=10, thorough=500)
 @given(data=st.data())
 def test_wherever_the_store_breaks_another_machine_goes_on_from_what_it_lists(
     store: Store, tmp_path: Path, data: st.DataObject
@@ -202,11 +205,10 @@ def test_what_was_finished_without_a_connection_is_sent_later(
 ) -> None:
     copy = tmp_path / "copy"
     _run_once(store, copy, "a")
-    store.breaks_after = store.requests + 3  # the claim, manifest.json ...
-    with pytest.raises(JobFailedError, match=r"broken; all that was finished is kept in .*copy"):
-        with driving(copy, store.url):
-            _write(RunStore.open(copy, store.url), 1, "b")
-            store.breaks_after = store.requests
+    said = r"broken; all that was finished is kept in .*copy"
+    with pytest.raises(JobFailedError, match=said), driving(copy, store.url):
+        _write(RunStore.open(copy, store.url), 1, "b")
+        store.breaks_after = store.requests
     store.breaks_after = None
     assert list(_contents(store.url).values()) == ["a"]
     assert "delete it before another machine goes on" in caplog.text
@@ -216,25 +218,22 @@ def test_what_was_finished_without_a_connection_is_sent_later(
     assert list(_contents(store.url).values()) == ["a", "b", "c"]
 
 
-def test_an_error_in_the_background_ends_the_job_at_its_next_part(
-    store: Store, tmp_path: Path
-) -> None:
+def test_an_error_in_the_background_ends_the_job(store: Store, tmp_path: Path) -> None:
+    def write(count: int) -> None:
+        store.breaks_after = None
+        with driving(tmp_path / "copy", store.url) as kept:
+            assert kept is not None
+            run = _open(store.url, tmp_path / "copy")
+            kept.follow(run)
+            store.breaks_after = store.requests
+            for _ in range(count):
+                _write(run, 0, "a")
+
+    # At its end, or at one of its next parts.
     with pytest.raises(JobFailedError, match=r"cannot be written: the store is broken; all that"):
-        with driving(tmp_path / "copy", store.url) as kept:
-            assert kept is not None
-            run = _open(store.url, tmp_path / "copy")
-            kept.follow(run)
-            store.breaks_after = store.requests
-            _write(run, 0, "a")
+        write(1)
     with pytest.raises(OSError, match="the store is broken"):
-        with driving(tmp_path / "copy", store.url) as kept:
-            assert kept is not None
-            store.breaks_after = None
-            run = _open(store.url, tmp_path / "copy")
-            kept.follow(run)
-            store.breaks_after = store.requests
-            for shard in range(10_000):
-                _write(run, shard, "a")
+        write(10_000)
 
 
 def test_a_store_that_is_away_for_a_while_is_waited_for(
@@ -295,41 +294,45 @@ def test_what_is_damaged_at_the_url_is_named(store: Store, tmp_path: Path) -> No
 
 
 def test_a_damaged_copy_is_not_sent(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(JobFailedError, match=r"shard-00000\.parquet is damaged, and is not sent"):
-        with driving(tmp_path / "copy", store.url):
-            run = _open(store.url, tmp_path / "copy")
-            name = _write(run, 0, "a")
-            (tmp_path / "copy" / name).write_bytes(b"x")
+    said = r"shard-00000\.parquet is damaged, and is not sent"
+    with pytest.raises(JobFailedError, match=said), driving(tmp_path / "copy", store.url):
+        run = _open(store.url, tmp_path / "copy")
+        name = _write(run, 0, "a")
+        (tmp_path / "copy" / name).write_bytes(b"x")
 
 
 # --- whose it is ---------------------------------------------------------------------------------
 
 
 def test_two_drivers_are_kept_apart(store: Store, tmp_path: Path) -> None:
-    with driving(tmp_path / "one", store.url):
-        said = rf"^{store.url}: another driver \(process \d+ on .*delete the object {store.url}/\."
-        with pytest.raises(InputError, match=said), driving(tmp_path / "two", store.url):
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = rf"^{store.url}: another driver \(process \d+ on "
+    with driving(one, store.url):
+        with (
+            pytest.raises(InputError, match=rf"{said}.*delete the object"),
+            driving(two, store.url),
+        ):
             pass
-        assert not (tmp_path / "two").exists()
-        with pytest.raises(InputError, match=rf"^{store.url}: another driver \(process"):
-            with driving(tmp_path / "one", store.url):
-                pass
+        assert not two.exists()
+        with pytest.raises(InputError, match=said), driving(one, store.url):
+            pass
         assert OWNER in store.objects
-    assert store.objects == {} and not (tmp_path / "one").exists()
+    assert store.objects == {} and not one.exists()
 
 
 def test_a_driver_whose_claim_was_deleted_and_taken_writes_no_more(
     store: Store, tmp_path: Path
 ) -> None:
-    with pytest.raises(JobFailedError, match="the claim of this driver was deleted"):
-        with driving(tmp_path / "one", store.url) as kept:
-            assert kept is not None
-            run = _open(store.url, tmp_path / "one")
-            kept.follow(run)
-            store.remove(OWNER)
-            with driving(tmp_path / "two", store.url):
-                _write(run, 0, "a")
-                kept._thread.join(10)  # type: ignore[union-attr]
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = "the claim of this driver was deleted"
+    with pytest.raises(JobFailedError, match=said), driving(one, store.url) as kept:
+        assert kept is not None and kept.claim is not None
+        run = _open(store.url, one)
+        kept.follow(run)
+        store.remove(OWNER)
+        with driving(two, store.url):
+            _write(run, 0, "a")
+            kept.close()
     assert _contents(store.url) == {} and OWNER not in store.objects
 
 
