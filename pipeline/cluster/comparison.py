@@ -20,7 +20,8 @@ from pipeline.cluster.sharing import Sharing, asked_key, unedited_key, values_ke
 from pipeline.cluster.study import Study
 from pipeline.errors import EditfleetError, InputError, JobFailedError
 from pipeline.requests import EditRequest
-from pipeline.results.mirror import Mirror, driving
+from pipeline.results.driving import driving
+from pipeline.results.mirror import Mirror
 from pipeline.results.remote import next_free_place
 from pipeline.results.store import RunStore
 from pipeline.spec import JobSpec

@@ -17,8 +17,8 @@ from pipeline.cluster.study import Study
 from pipeline.errors import InputError
 from pipeline.methods import check_batch
 from pipeline.requests import EditRequest
+from pipeline.results.driving import driving
 from pipeline.results.manifest import read_begun
-from pipeline.results.mirror import driving
 from pipeline.results.remote import next_free_place
 from pipeline.results.store import RunStore
 from pipeline.spec import JobSpec

@@ -24,8 +24,8 @@ from pipeline.cluster.scheduler import Outcome, Scheduler
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import InputError
 from pipeline.requests import EditRequest
+from pipeline.results.driving import driving
 from pipeline.results.manifest import read_begun
-from pipeline.results.mirror import driving
 from pipeline.results.remote import next_free_place
 from pipeline.results.schemas import SCHEMAS
 from pipeline.results.store import RunStore

@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.places import located
+from pipeline.places import is_url, located
 from pipeline.printable import one_line
 from pipeline.report.summary import problem_lines
 from pipeline.results.listing import TableKind
@@ -92,7 +92,7 @@ def run_status(run: str | Path, *, verify: bool = False) -> RunStatus:
     """
     place = str(located(run))
     held, owner = driver_of(place)
-    if held is not False and not begun_at(place):
+    if (held or (held is None and is_url(place))) and not begun_at(place):
         return RunStatus(place, None, held, owner)
     store = open_run(place, beside=False)
     begun = read_begun(store)

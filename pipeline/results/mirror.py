@@ -9,8 +9,6 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +19,11 @@ from pipeline.results.copying import (
     CopyNote,
     Published,
     at_once,
-    bring_copy,
     digest,
     signature,
 )
 from pipeline.results.listing import Part
-from pipeline.results.lock import held
-from pipeline.results.objects import Objects, StoreError, refusing
+from pipeline.results.objects import Objects, StoreError
 from pipeline.results.place import LISTING, MANIFEST, is_run
 from pipeline.results.store import RunStore
 
@@ -237,67 +233,14 @@ class Mirror:
 
     def _send_file(self, path: Path) -> None:
         name, now = path.relative_to(self.copy).as_posix(), signature(path)
-        if self.published.files.get(name) != now:
-            self.objects.put(path, name)
-            self.published.files[name] = now
-
-
-@contextmanager
-def driving(path: Path, url: str | None) -> Iterator[Mirror | None]:
-    """Be the only driver of a run: in a directory, or at a URL with its copy in the directory.
-
-    Args:
-        path: the run directory, or the copy.
-        url: a checked URL; None where the run is in the directory itself.
-
-    Yields:
-        What keeps the URL as the copy is; None where there is no URL.
-
-    Raises:
-        InputError: another driver has the run, or its place holds something else or cannot be
-            written.
-        JobFailedError: in the place of a job's success, if the URL cannot be written at its end.
-    """
-    with held(path, url):
-        if url is None:
-            yield None
+        if self.published.files.get(name) == now:
             return
-        with mirrored(url, path) as mirror:
-            yield mirror
-
-
-@contextmanager
-def mirrored(url: str, copy: Path) -> Iterator[Mirror]:
-    """Claim the run at a URL, bring what it holds into a copy, and keep it as the copy is.
-
-    At the end it holds all that the copy does, and is free again.
-
-    Args:
-        url: a checked URL.
-        copy: a directory that this driver holds (`pipeline.results.lock.held`).
-
-    Raises:
-        InputError: the URL cannot be written, is another driver's, or holds something else.
-        JobFailedError: in the place of a job's success, if the URL cannot be written at its end.
-    """
-    with refusing():
-        objects = Objects(url)
-        note = CopyNote.of(copy, url)
-        note.write(copy)
-        claim = Claim(objects, note.id)
-        claim.take()
-    try:
-        with refusing():
-            published = bring_copy(objects, copy, note)
-        mirror = Mirror(objects, copy, note, claim, published)
-        try:
-            yield mirror
-        except BaseException:
-            mirror.abandon()
-            raise
-        mirror.close()
-    finally:
-        claim.give_back()
+        if name in BESIDE:
+            # The driver may be appending to it.
+            self.objects.write(name, path.read_bytes())
+        else:
+            self.objects.put(path, name)
+        self.published.files[name] = now
 
 
 def _unlisting(part: Part) -> bytes:

@@ -19,6 +19,7 @@ from pipeline.results.copying import BESIDE, bring_files, bring_parts, listed_pa
 from pipeline.results.harness import FOLDER
 from pipeline.results.listing import Part
 from pipeline.results.lock import Owner, is_held, read_owner
+from pipeline.results.manifest_file import parse_manifest
 from pipeline.results.objects import Objects, refusing
 from pipeline.results.place import (
     LISTING,
@@ -31,7 +32,7 @@ from pipeline.results.place import (
     next_free,
     require_fresh,
 )
-from pipeline.results.store import RunStore, parse_manifest
+from pipeline.results.store import RunStore
 
 _BESIDE = (*BESIDE, PLAN, TRACKED, "report.html")
 

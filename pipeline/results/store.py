@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,8 @@ from pipeline.results.listing import (
     table_part_name,
     tensors_name,
 )
-from pipeline.results.parts import count_rows, read_table, require_inside
+from pipeline.results.manifest_file import parse_json, parse_manifest
+from pipeline.results.parts import problem_of, read_table, require_inside
 from pipeline.results.place import LISTING, MANIFEST, is_run, require_fresh
 from pipeline.results.schemas import SCHEMA_VERSION, SCHEMAS, conform
 
@@ -128,7 +128,7 @@ class RunStore:
             FileNotFoundError: it has not been written.
             ResultsDamagedError: it is not JSON.
         """
-        return _parse_json((self.path / name).read_bytes(), below(self.place, name))
+        return parse_json((self.path / name).read_bytes(), below(self.place, name))
 
     def write_part(
         self,
@@ -321,54 +321,13 @@ class RunStore:
             raise self._damaged(part, str(error)) from error
 
     def _check(self, part: Part) -> None:
-        path = self.path_of(part)
-        if not path.is_file():
-            raise self._damaged(part, "is missing")
-        if (size := path.stat().st_size) != part.bytes:
-            raise self._damaged(part, f"has {size} bytes, expected {part.bytes}")
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != part.sha256:
-            raise self._damaged(part, f"has SHA-256 {digest}, expected {part.sha256}")
-        try:
-            rows = None if part.rows is None else count_rows(path)
-        except ValueError as error:
-            raise self._damaged(part, str(error)) from error
-        if rows != part.rows:
-            raise self._damaged(part, f"has {rows} rows, its line in {LISTING} says {part.rows}")
+        if problem := problem_of(self.path_of(part), part):
+            raise self._damaged(part, problem)
 
     def _damaged(self, part: Part, what: str) -> ResultsDamagedError:
         remedy = "restore it from a copy, or resume the job, which computes it again"
         return ResultsDamagedError(f"{below(self.place, part.name)} {what}; {remedy}")
 
 
-def parse_manifest(data: bytes, source: Path | str) -> dict[str, Any]:
-    """What `manifest.json` holds; `source` names it in errors.
-
-    Raises:
-        InputError: it is of another schema version.
-        ResultsDamagedError: it is not JSON.
-    """
-    manifest = _parse_json(data, source)
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{source}: schema_version is {version!r}, this editfleet reads "
-            f"{SCHEMA_VERSION}; open the run with the editfleet that wrote it"
-        )
-    found: dict[str, Any] = manifest
-    return found
-
-
 def _nothing() -> None:
     """What a store does after a change unless told otherwise."""
-
-
-def _parse_json(data: bytes, source: Path | str) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ResultsDamagedError(
-            f"{source} is not JSON ({error}); restore it from a copy or run the job again in a "
-            "new directory"
-        ) from error

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.errors import EditfleetError, InputError, JobFailedError, ResultsDamagedError
 from pipeline.places import checked_place, copy_directory
 from pipeline.results import RunStore, mirror, read
-from pipeline.results.mirror import driving
+from pipeline.results.driving import driving
 from pipeline.results.place import OWNER, is_run
 from pipeline.results.remote import next_free_place, open_run
 from tests.fuzzing import fuzz
