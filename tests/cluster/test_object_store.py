@@ -240,10 +240,10 @@ def test_two_drivers(tiny: TinyJobs, url: str) -> None:
     assert files().find(url) == [f"{url[5:]}/.driver.json"]
 
 
-def test_a_store_that_is_lost_ends_the_job_and_the_same_command_sends_the_rest(
+def test_a_store_that_is_lost_ends_the_job_and_its_run_is_not_brought_back(
     tiny: TinyJobs, url: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]
 ) -> None:
-    """The bucket is taken away while values are searched, and comes back."""
+    """The bucket is deleted while values are searched, and made again."""
     bucket = f"lost-{uuid4().hex}"
     files().mkdir(bucket)
     place = f"s3://{bucket}/run"

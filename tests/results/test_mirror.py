@@ -398,6 +398,7 @@ def test_places_that_are_none(text: str, said: str) -> None:
         read(text)
 
 
+@fuzz(100, 3000)
 @given(st.text(max_size=40), st.sampled_from(["s3://", "gs://", "memory://", ""]))
 def test_any_place_is_told_or_refused(text: str, start: str) -> None:
     try:
