@@ -29,8 +29,8 @@ def variants(spec: JobSpec) -> list[JobSpec]:
         seeds = compare.seeds or (spec.seed,)
         suffixes = [f"-seed{seed}" for seed in seeds] if compare.seeds else [""]
         for seed, suffix in zip(seeds, suffixes, strict=True):
-            place = below(spec.place, f"{one.name}{suffix}")
-            found.append(one.model_copy(update={"seed": seed}).at(place))
+            where = below(spec.place, f"{one.name}{suffix}")
+            found.append(one.model_copy(update={"seed": seed}).at(where))
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise InputError(
             f"compare.methods: {len(labels)} methods, of which several are called {twice[0]!r};"
