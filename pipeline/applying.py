@@ -37,7 +37,7 @@ def apply_updates(
 
     Args:
         model: the unedited model that the run edited.
-        run: the run directory.
+        run: the run directory, or the run's URL.
         round: stop after this round of a study, counted from 0; null applies all of a finished run.
 
     Raises:
@@ -73,17 +73,17 @@ def require_round(run: Run, round: int | None) -> None:
     """
     if round is None:
         if run.recorded.status != "finished":
-            raise InputError(f"{run.path} is not finished (status {run.recorded.status!r})")
+            raise InputError(f"{run.place} is not finished (status {run.recorded.status!r})")
         return
     last = last_round(run)
     if not 0 <= round <= last:
         held = f"its last whole one is {last}" if last >= 0 else "it holds no whole one"
-        raise InputError(f"{run.path} has no round {round}; {held}")
+        raise InputError(f"{run.place} has no round {round}; {held}")
 
 
 def last_round(run: Run) -> int:
     """The last round of which a run holds the updates of all layers, counted from 0; else -1."""
-    spec = parse_spec(run.recorded.spec, f"{run.path}/manifest.json: spec")
+    spec = parse_spec(run.recorded.spec, f"{run.place}/manifest.json: spec")
     layers = set(spec.method.layers or ())
     count = 0
     while run.updated_layers(count) >= layers:

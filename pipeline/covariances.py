@@ -7,7 +7,6 @@ it was computed with. Shapes (suffixes of tensor names): F key size.
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
+from pipeline.places import cache_directory
 from pipeline.results.atomic import write_atomically
 from pipeline.sources.files import writing
 
@@ -81,9 +81,7 @@ class StoredCovariances(NamedTuple):
 
 
 def default_directory(identity: CovarianceIdentity, model_name: str) -> Path:
-    """The place in the user's cache for covariances of this identity.
-
-    The cache is `$EDITFLEET_CACHE`, else `$XDG_CACHE_HOME/editfleet`, else `~/.cache/editfleet`.
+    """The place in the user's cache (`pipeline.places`) for covariances of this identity.
 
     Raises:
         InputError: the identity has no corpus, so that nothing says which covariances are meant.
@@ -93,10 +91,8 @@ def default_directory(identity: CovarianceIdentity, model_name: str) -> Path:
             "covariance: neither corpus nor path is set; give covariance.corpus to compute "
             "covariances, or covariance.path to where they are"
         )
-    own, shared = os.environ.get("EDITFLEET_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    cache = Path(own) if own else Path(shared or "~/.cache") / "editfleet"
     name = re.sub(r"[^\w.-]+", "-", model_name)
-    return cache.expanduser() / "covariance" / f"{name}-{identity.key()}"
+    return cache_directory() / "covariance" / f"{name}-{identity.key()}"
 
 
 def covariance_path(directory: Path, layer: int) -> Path:

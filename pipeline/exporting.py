@@ -28,7 +28,7 @@ def export_model(
     The directory is there whole or not at all.
 
     Args:
-        run: a finished run directory, or with `round` also a study under way.
+        run: the directory or URL of a finished run, or with `round` also a study under way.
         directory: where to write; must not exist.
         round: write the model as it was after this round of a study, counted from 0; null: after
             all.
@@ -58,7 +58,7 @@ def export_model(
 def _applied(run: Run, round: int | None) -> int:
     """How many facts were rewritten, up to a round."""
     if round is None:
-        summary = check_recorded(run.summary, RecordedSummary, f"{run.path}/summary.json")
+        summary = check_recorded(run.summary, RecordedSummary, f"{run.place}/summary.json")
         return summary.requests.get("applied", 0)
     edits = run.edits()
     until = edits.filter(pc.less_equal(edits["round"], round))

@@ -15,8 +15,10 @@ from pipeline.applying import apply_updates, last_round, require_round
 from pipeline.errors import EditfleetError, InputError, JobFailedError
 from pipeline.models.editable import resolve_device
 from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.places import below
 from pipeline.results import read
 from pipeline.results.harness import FOLDER, write_harness
+from pipeline.results.remote import writing_into
 from pipeline.spec import parse_spec
 
 _FILE_NAME = re.compile(r"[\w.+()-]{1,200}", re.ASCII)
@@ -44,14 +46,14 @@ def run_harness(
     not at all and replaces that of an earlier call.
 
     Args:
-        run: a finished run directory, or with `round` also a study under way.
+        run: the directory or URL of a finished run, or with `round` also a study under way.
         tasks: names of tasks, groups or tags.
         include_path: a folder with tasks of one's own (YAML). The Python functions that they name
             are run.
         limit: ask at most so many questions a task; null asks all.
         round: the model as it was after this round of a study, counted from 0; null: after all.
         batch_size: questions at once.
-        output: where to write the tables; null is RUN/harness.
+        output: where to write the tables, a directory or a URL; null is RUN/harness.
         allow_pickle: load the unedited weights from .bin files where there are no safetensors.
 
     Returns:
@@ -85,11 +87,12 @@ def run_harness(
     edited = {task: evaluated(task) for task in tasks}
     applied.revert()
     number = last_round(opened) if round is None else round
-    directory = opened.path / FOLDER if output is None else Path(output)
+    place = below(opened.place, FOLDER) if output is None else output
     rows: Rows = []
     for task, after in edited.items():
         found = _rows(evaluated(task), after, number)
-        write_harness(directory, number, task, found)
+        with writing_into(place) as directory:
+            write_harness(directory, number, task, found)
         rows += found
     return rows
 

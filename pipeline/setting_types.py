@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, StringConstraints
 
+from pipeline.places import checked_place
+
 _LONGEST_PATH, _LONGEST_NAME = 4096, 255
 # A token of the Hugging Face hub, or a password in an address.
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|://[^/\s]*@")
@@ -36,12 +38,11 @@ Place = Annotated[Text, AfterValidator(_check_place)]
 
 def _check_directory(text: str) -> str:
     if "://" in text:
-        raise ValueError(
-            "is an address; give a directory (object stores neither lock nor rename, which a run"
-            " needs)"
-        )
+        raise ValueError("is an address; give a directory")
     return text
 
 
 Directory = Annotated[Place, AfterValidator(_check_directory)]
 """A directory that is written to."""
+RunPlace = Annotated[Place, AfterValidator(checked_place)]
+"""Where a run is: a directory, or the URL of one in an object store."""

@@ -125,7 +125,11 @@ def require_reachable(spec: JobSpec, working_dir: Path, files: dict[Path, int]) 
     Raises:
         InputError: results would lie in that copy, which Ray deletes, or an input is not uploaded.
     """
-    written = {"output.path": str(spec.run_path), "covariance.path": spec.covariance.path}
+    written = {
+        "output.path": None if spec.url else spec.place,
+        "output.staging": spec.output.staging,
+        "covariance.path": spec.covariance.path,
+    }
     for setting, value in written.items():
         is_read = setting == "covariance.path" and value and (working_dir / value).is_dir()
         if value is not None and not Path(value).is_absolute() and not is_read:

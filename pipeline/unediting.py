@@ -30,10 +30,12 @@ from pipeline.models.loading import (
     load_tokenizer,
     save_model,
 )
+from pipeline.places import is_url
 from pipeline.results.atomic import whole_directory, write_atomically
 from pipeline.results.encoding import to_json, to_parquet
 from pipeline.results.manifest import read_begun
 from pipeline.results.reading import Run
+from pipeline.results.remote import open_run
 from pipeline.results.store import RunStore
 from pipeline.results.updates import read_update
 from pipeline.sources.files import writing
@@ -71,7 +73,7 @@ def unedit(
     for when that is exact. The run itself stays as it is.
 
     Args:
-        run: a finished run directory that kept its keys (`output.keep_keys`).
+        run: the directory or URL of a finished run that kept its keys (`output.keep_keys`).
         case_ids: the edits to take out.
         output: where to write; must not exist, and is there whole or not at all.
         covariance: where the run's covariances are now; null is where they were.
@@ -88,7 +90,7 @@ def unedit(
     target, progress = Path(output), PhaseProgress(console)
     if target.exists():
         raise InputError(f"{target} exists already; choose another directory")
-    store = _finished(Path(run))
+    store = _finished(run)
     removal = Removal.of(store, earlier_spec(store), list(case_ids))
     source = removal.spec.model.model_copy(update={"allow_pickle": allow_pickle})
     weights = _unedited(store, removal.layers, source)
@@ -116,12 +118,14 @@ def unedit(
     return UneditResult(target, summary)
 
 
-def _finished(path: Path) -> RunStore:
+def _finished(run: str | Path) -> RunStore:
     """Open a run that is finished, with all its files whole."""
-    store = RunStore.open(path)
+    store = open_run(run)
     begun = read_begun(store)
     if begun.status != "finished":
-        raise InputError(f"{path} is not finished (status {begun.status!r}); resume it first")
+        raise InputError(
+            f"{store.place} is not finished (status {begun.status!r}); resume it first"
+        )
     require_round(Run(store), begun.plan.rounds - 1)
     store.verify()
     return store
@@ -133,7 +137,7 @@ def _unedited(store: RunStore, layers: tuple[int, ...], source: ModelSpec) -> Ed
     found, expected = fingerprint(model), read_begun(store).model.fingerprint
     if found != expected:
         raise FingerprintMismatchError(
-            f"{store.path}: it edited the model with fingerprint {expected[:12]}, the one at"
+            f"{store.place}: it edited the model with fingerprint {expected[:12]}, the one at"
             f" {source.path} has {found[:12]}; restore the unedited model"
         )
     fuse_activations(model)
@@ -163,7 +167,7 @@ def _apply_all(removal: Removal, weights: EditedWeights) -> dict[int, tuple[floa
         paths = removal.store.layers("update", round)
         for layer in removal.layers:
             update = read_update(paths[layer])[1]
-            check_shapes(weights.model, [(layer, update)], removal.store.path)
+            check_shapes(weights.model, [(layer, update)], removal.store.place)
             weights.apply(layer, update.matrix(weights.model.device))
     return {layer: weights.norms(layer) for layer in removal.layers}
 
@@ -188,12 +192,16 @@ def _scores(
 def _described(removal: Removal) -> dict[str, Any]:
     begun = read_begun(removal.store)
     return {
-        "run": str(removal.store.path.resolve()),
+        "run": _where(removal.store),
         "fingerprint": begun.model.fingerprint,
         "case_ids": sorted(removal.removed),
         "edits_left": removal.num_left,
         "rounds_solved_again": sorted(removal.solved),
     }
+
+
+def _where(store: RunStore) -> str:
+    return store.place if is_url(store.place) else str(store.path.resolve())
 
 
 def _changes(

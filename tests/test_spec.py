@@ -90,7 +90,7 @@ def test_an_unknown_setting_is_named_with_the_nearest(
 
 def test_where_nothing_is_near_the_known_settings_are_listed() -> None:
     message = _refused({"output": {"qqq": 1}})
-    assert "output.qqq: unknown setting; known: path, save_model" in message
+    assert "output.qqq: unknown setting; known: path, staging, save_model" in message
 
 
 @pytest.mark.parametrize(

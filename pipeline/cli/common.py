@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML).")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or URL of a run.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a setting; may be repeated."),

@@ -11,13 +11,13 @@ from pipeline.printable import one_line
 from pipeline.spec import JobSpec
 
 
-def write_reports(runs: list[Path], console: Console, output: Path | None, how: str) -> bool:
+def write_reports(runs: list[Path], console: Console, output: str, how: str) -> bool:
     """Write the report of finished runs; say so if that fails, for the runs themselves are whole.
 
     Args:
-        runs: run directories.
+        runs: run directories, or the driver's copies of runs at URLs.
         console: where to say where it is.
-        output: where to write; null is the one run's directory.
+        output: the directory or URL to write to.
         how: the command that writes it.
     """
 
@@ -33,7 +33,7 @@ def write_reports(runs: list[Path], console: Console, output: Path | None, how: 
     return True
 
 
-def log_to_trackers(runs: list[Path], spec: JobSpec) -> None:
+def log_to_trackers(runs: list[str], spec: JobSpec) -> None:
     """Log finished runs to the trackers that the spec names."""
     from pipeline.watching.trackers import track
 

@@ -106,7 +106,7 @@ def quickstart(overrides: Overrides = None) -> None:
     path = next_free(Path("runs") / "quickstart")
     settings = ["name=quickstart", "requests.limit=200", "cluster.workers=2"]
     spec = load_spec(None, [*settings, f"output.path={path}", *(overrides or [])])
-    _edit(spec, f"with --set output.path={spec.run_path}")
+    _edit(spec, f"with --set output.path={spec.place}")
 
 
 @app.command()
@@ -136,10 +136,10 @@ def trace(spec: SpecPath, overrides: Overrides = None, restart: Restart = False)
     with _resumable(job, how_to_resume):
         result = run_trace(job, console=console)
     console.print(trace_tables(result.summary))
-    how = f"editfleet report {result.path}"
+    how = f"editfleet report {result.place}"
     with raising_stopped(f"the run is finished; `{how}` reports on it"):
-        is_reported = write_reports([result.path], console, None, how)
-    print_line(console, f"run directory: {result.path}")
+        is_reported = write_reports([result.path], console, result.place, how)
+    print_line(console, f"run directory: {result.place}")
     leave([result.counts], is_reported)
 
 
@@ -192,7 +192,7 @@ def plan(
             print_line(console, f"study {study.spec.run_path.name}")
         console.print(plan_tables(study, estimate))
         if save:
-            print_line(console, f"plan: {write_estimate(study.spec.run_path, estimate)}")
+            print_line(console, f"plan: {write_estimate(study.spec.place, estimate)}")
     if job.compare is not None:
         print_line(console, "seconds of all studies side by side, at most, by workers:")
         names = [study.spec.run_path.name for study in found]
@@ -208,20 +208,20 @@ def _job(
     spec: Path, overrides: list[str] | None, save_model: bool, restart: bool
 ) -> tuple[JobSpec, str]:
     """The job that a command names, and what goes with the same command to resume it."""
-    from pipeline.results.place import next_free
+    from pipeline.results.remote import next_free_place
 
     extra = ["output.save_model=true"] if save_model else []
     job = load_spec(spec, [*(overrides or []), *extra])
     if not restart:
         return job, ""
-    path = next_free(job.run_path)
-    return job.at(path), f"without --restart and with --set output.path={path}"
+    place = next_free_place(job.place)
+    return job.at(place), f"without --restart and with --set output.path={place}"
 
 
 def _resumable(spec: JobSpec, how_to_resume: str) -> AbstractContextManager[None]:
     """Raise `Stopped` in the block on a signal, and say how to go on."""
     way = " ".join(filter(None, ("the same command", how_to_resume)))
-    return raising_stopped(f"what was finished is kept in {spec.run_path}, and {way} resumes it")
+    return raising_stopped(f"what was finished is kept in {spec.place}, and {way} resumes it")
 
 
 def _edit(spec: JobSpec, how_to_resume: str, *, is_study: bool = False) -> None:
@@ -240,11 +240,11 @@ def _edit(spec: JobSpec, how_to_resume: str, *, is_study: bool = False) -> None:
     console.print((study_tables if is_study else summary_tables)(result.summary))
     for line in problem_lines(read(result.path).edits().to_pylist()):
         print_line(console, line)
-    how = f"editfleet report {result.path}"
+    how = f"editfleet report {result.place}"
     with raising_stopped(f"the run is finished; `{how}` reports on it"):
-        is_reported = write_reports([result.path], console, None, how)
-        log_to_trackers([result.path], spec)
-    print_line(console, f"run directory: {result.path}")
+        is_reported = write_reports([result.path], console, result.place, how)
+        log_to_trackers([result.place], spec)
+    print_line(console, f"run directory: {result.place}")
     leave([result.counts], is_reported)
 
 
@@ -265,10 +265,11 @@ def _compare(spec: JobSpec, how_to_resume: str) -> None:
     console.print(comparison_table({result.path.name: result.summary for result in results}))
     for line in problem_lines(read(runs[0]).edits().to_pylist()):
         print_line(console, line)
-    how = f"editfleet report {' '.join(map(str, runs))} --output {spec.run_path}"
+    places = [result.place for result in results]
+    how = f"editfleet report {' '.join(places)} --output {spec.place}"
     with raising_stopped(f"the studies are finished; `{how}` reports on them"):
-        is_reported = write_reports(runs, console, spec.run_path, how)
-        log_to_trackers(runs, spec)
-    for run in runs:
-        print_line(console, f"run directory: {run}")
+        is_reported = write_reports(runs, console, spec.place, how)
+        log_to_trackers(places, spec)
+    for place in places:
+        print_line(console, f"run directory: {place}")
     leave([result.counts for result in results], is_reported)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import EXIT_FAILED, AllowPickle, Round, RunPath, app, print_line
+from pipeline.cli.common import EXIT_FAILED, AllowPickle, Round, RunPlace, app, print_line
 from pipeline.errors import InputError
 from pipeline.printable import one_line
 from pipeline.signals import raising_stopped
@@ -16,7 +16,7 @@ app.add_typer(factworld_app, name="factworld")
 
 
 @app.command()
-def summary(run: RunPath) -> None:
+def summary(run: RunPlace) -> None:
     """Print a run's summary again."""
     from pipeline.report.study_summary import study_tables
     from pipeline.report.summary import summary_tables
@@ -32,7 +32,7 @@ def summary(run: RunPath) -> None:
 
 @app.command()
 def status(
-    run: RunPath,
+    run: RunPlace,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every file against its checksum.")
     ] = False,
@@ -59,7 +59,7 @@ def status(
 
 @app.command()
 def export(
-    run: RunPath,
+    run: RunPlace,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the model.")],
     round: Round = None,
     allow_pickle: AllowPickle = False,
@@ -73,7 +73,7 @@ def export(
 
 @app.command()
 def unedit(
-    run: RunPath,
+    run: RunPlace,
     case_id: Annotated[
         list[str],
         typer.Option("--case-id", metavar="ID", help="An edit to take out; may be repeated."),
@@ -103,7 +103,7 @@ def unedit(
 
 @app.command()
 def harness(
-    run: RunPath,
+    run: RunPlace,
     tasks: Annotated[
         str, typer.Option("--tasks", metavar="TASK,...", help="Tasks, groups or tags of lm-eval.")
     ],
@@ -119,7 +119,7 @@ def harness(
     round: Round = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions at once.")] = 16,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", metavar="DIR", help="Where to write; else RUN/harness."),
     ] = None,
     allow_pickle: AllowPickle = False,
@@ -145,9 +145,11 @@ def harness(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run directories, or URLs of runs.")
+    ],
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output", metavar="DIR", help="Where to write; needed for several runs, else RUN."
         ),
@@ -161,7 +163,7 @@ def report(
 
 @app.command()
 def track(
-    run: RunPath,
+    run: RunPlace,
     names: Annotated[
         list[str], typer.Argument(metavar="TRACKER...", help="mlflow, wandb, or both.")
     ],
@@ -175,7 +177,7 @@ def track(
 
 @app.command()
 def timeline(
-    run: RunPath,
+    run: RunPlace,
     output: Annotated[Path, typer.Argument(metavar="OUT.json", help="Where to write it.")],
 ) -> None:
     """Write a run's phases and calls to workers as a Chrome trace, for ui.perfetto.dev."""
@@ -197,7 +199,7 @@ def build(
     typer.echo(str(report))
 
 
-def _follow(run: Path) -> None:
+def _follow(run: str) -> None:
     from pipeline.watching.follow import follow
 
     with raising_stopped(f"nobody looks at {run} any more; the run itself goes on"):

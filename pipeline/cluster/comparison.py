@@ -20,8 +20,9 @@ from pipeline.cluster.sharing import Sharing, asked_key, unedited_key, values_ke
 from pipeline.cluster.study import Study
 from pipeline.errors import EditfleetError, InputError, JobFailedError
 from pipeline.requests import EditRequest
-from pipeline.results.lock import held
-from pipeline.results.place import next_free
+from pipeline.results.driving import driving
+from pipeline.results.mirror import Mirror
+from pipeline.results.remote import next_free_place
 from pipeline.results.store import RunStore
 from pipeline.spec import JobSpec
 from pipeline.spec.variants import variants
@@ -85,12 +86,11 @@ def run_comparison(
     if spec.rounds is None:
         raise InputError("compare: it is of sequential studies; give rounds.size too")
     if restart:
-        spec = spec.at(next_free(spec.run_path))
+        spec = spec.at(next_free_place(spec.place))
     studies = variants(spec)
-    with ExitStack() as locks:
-        for study in studies:
-            locks.enter_context(held(study.run_path))
-        members = _members(studies, requests, console)
+    with ExitStack() as driven:
+        mirrors = [driven.enter_context(driving(one.run_path, one.url)) for one in studies]
+        members = _members(studies, requests, console, mirrors)
         left = [member for member in members if member.result is None]
         if left:
             _run_side_by_side(left, _held_already(members))
@@ -99,20 +99,23 @@ def run_comparison(
 
 
 def _members(
-    studies: list[JobSpec], requests: Sequence[EditRequest] | None, console: Console | None
+    studies: list[JobSpec],
+    requests: Sequence[EditRequest] | None,
+    console: Console | None,
+    mirrors: list[Mirror | None],
 ) -> list[_Member]:
     """Plan every study and find those that are complete; requests are read once for all."""
     plans: dict[str, Plan] = {}
     members = []
-    for study in studies:
+    for study, mirror in zip(studies, mirrors, strict=True):
         _, settled, source = settle_spec(study)
         key = asked_key(settled)
         if key not in plans:
             plans[key] = make_plan(study, requests)
         plan = replace(plans[key], spec=settled, settings_source=source)
-        store = open_earlier(study.run_path)
+        store = open_earlier(study)
         progress = PhaseProgress(console, study.run_path.name)
-        progress.watch = watch_of(settled)
+        progress.watch, progress.mirror = watch_of(settled), mirror
         members.append(_Member(plan, store, progress, check_job(plan, store, progress)))
     return members
 
@@ -173,15 +176,17 @@ def _require_none_failed(members: list[_Member]) -> None:
 
 
 def _run_member(hosts: _Hosts, place: int, member: _Member, studies: int, sharing: Sharing) -> None:
-    path = member.plan.spec.run_path
+    spec = member.plan.spec
     try:
         engine = hosts.engine(place)
         try:
             scheduler = make_scheduler(engine, member.plan.spec, studies)
             study = Study(member.plan, engine, scheduler, member.progress, member.store, sharing)
-            with logs.about(run=str(path)):
+            with logs.about(run=spec.place):
                 summary: dict[str, Any] = study.run()
-            member.result = RunResult(path, summary)
+                if member.progress.mirror is not None:
+                    member.progress.mirror.close()
+            member.result = RunResult(spec.run_path, summary, spec.place)
         finally:
             engine.close()
     except BaseException as error:  # reported by the thread that started this one

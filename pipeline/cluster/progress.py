@@ -22,6 +22,7 @@ from rich.text import Text
 from pipeline.watching import logs
 
 if TYPE_CHECKING:
+    from pipeline.results.mirror import Mirror
     from pipeline.watching.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,18 @@ class PhaseProgress:
     Args:
         console: where to show; null shows nothing.
         study: name of one of several jobs that are shown together, as lines without bars.
+
+    Attributes:
+        seconds: by phase.
+        watch: what is told of each phase.
+        mirror: what keeps the run's URL as its copy here is; None where the run is a directory.
     """
 
     def __init__(self, console: Console | None = None, study: str = "") -> None:
         self.console, self.study = console, study
         self.seconds: dict[str, float] = {}
         self.watch: Watch | None = None
+        self.mirror: Mirror | None = None
         self.label = ""
         """Put before the name of a phase; with one, bars go away once they are full."""
 

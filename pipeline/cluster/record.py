@@ -68,6 +68,7 @@ def begin_run(
             "workers": _workers(worker, num_workers),
             "versions": package_versions(),
         },
+        spec.place,
     )
 
 
@@ -93,7 +94,7 @@ def stop_run(store: RunStore, progress: PhaseProgress, error: BaseException) -> 
         )
     except OSError as problem:
         # A full disk is likely why the job ends; its own error says more.
-        log.warning("%s: cannot write down that the job has ended: %s", store.path, problem)
+        log.warning("%s: cannot write down that the job has ended: %s", store.place, problem)
 
 
 @contextmanager
@@ -194,6 +195,7 @@ def save_edited_model(store: RunStore, scheduler: Scheduler, applied: int) -> No
     spec = parse_spec(recorded.spec, f"{store.path / MANIFEST}: spec")
     try:
         scheduler.call("save_model", str(temporary.resolve()), version=scheduler.version)
+        _require_here(temporary, store.place)
         write_model_card(temporary, spec, recorded, applied)
         temporary.rename(final)
     except BaseException:
@@ -207,6 +209,20 @@ def _covariance_entry(covariances: Covariances) -> dict[str, Any]:
         "tokens": {str(layer): count for layer, count in covariances.tokens.items()},
         "sha256": covariances.digests(),
     }
+
+
+def _require_here(model: Path, place: str) -> None:
+    """Check that the worker wrote the model where this machine finds it.
+
+    Raises:
+        JobFailedError: it did not.
+    """
+    if not (model / "config.json").is_file():
+        raise JobFailedError(
+            f"{place}: a worker on another machine wrote model/ to {model.parent}, which this one"
+            " does not share; set output.path (at a URL output.staging) to a directory that all"
+            " machines share, or leave output.save_model out and use `editfleet export`"
+        )
 
 
 def _edit_row(

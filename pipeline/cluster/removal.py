@@ -62,7 +62,7 @@ class Removal:
         """
         if not spec.method.is_closed_form:
             raise InputError(
-                f"{store.path}: the edits of a round by {spec.method.name} cannot be told apart;"
+                f"{store.place}: the edits of a round by {spec.method.name} cannot be told apart;"
                 " `unedit` is for methods that solve for values (docs/methods.md)"
             )
         layers, edits = _layers(spec), []
@@ -70,7 +70,7 @@ class Removal:
             kept = store.layers("keys", round)
             if missing := [str(layer) for layer in layers if layer not in kept]:
                 raise InputError(
-                    f"{store.path} kept no keys of round {round}, layer {', '.join(missing)}, to"
+                    f"{store.place} kept no keys of round {round}, layer {', '.join(missing)}, to"
                     " solve from; make the run again with output.keep_keys: true"
                 )
             edits.append(read_case_ids(kept[layers[0]]))
@@ -81,11 +81,11 @@ class Removal:
         if not removed:
             raise InputError("no case_id is given; name the edits to take out")
         if strangers := [case_id for case_id in removed if case_id not in known]:
-            raise InputError(f"{store.path} holds no such edits: {_why(store, strangers)}")
+            raise InputError(f"{store.place} holds no such edits: {_why(store, strangers)}")
         for case_id in removed:
             if apart := [other for other in subjects.get(case_id, ()) if other not in removed]:
                 raise InputError(
-                    f"{store.path}: the edit {quote(case_id)} has one value with others of its"
+                    f"{store.place}: the edit {quote(case_id)} has one value with others of its"
                     f" subject (method.wrappers: merge); name {', '.join(map(quote, apart))} too"
                 )
         return cls(store, spec, frozenset(removed), tuple(edits))
@@ -227,7 +227,7 @@ def recorded_covariances(
     """
     begun = read_begun(store)
     if begun.covariance is None:
-        raise ResultsDamagedError(f"{store.path}: the manifest names no covariances")
+        raise ResultsDamagedError(f"{store.place}: the manifest names no covariances")
     place = Path(begun.covariance.directory) if directory is None else directory
     # What they were made from, the digests say.
     identity = CovarianceIdentity(
@@ -244,13 +244,13 @@ def recorded_covariances(
     remedy = "restore them there, or say with --covariance (covariance=) where a copy is"
     if missing:
         raise InputError(
-            f"{store.path}: the covariances of layers {missing} that it was solved with are not in"
+            f"{store.place}: the covariances of layers {missing} that it was solved with are not in"
             f" {place}; {remedy}"
         )
     now, then = Covariances(found, tokens, place).digests(), begun.covariance.sha256
     if other := [layer for layer in layers if then.get(str(layer)) != now[str(layer)]]:
         raise FingerprintMismatchError(
-            f"{store.path}: the covariances of layers {other} in {place} are not those that it was"
+            f"{store.place}: the covariances of layers {other} in {place} are not those that it was"
             f" solved with; {remedy}"
         )
     return found

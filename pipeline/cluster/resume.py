@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Container, Mapping
-from pathlib import Path
 
 from pipeline.cluster.covariance import Covariances
 from pipeline.cluster.general import held_out_entry
@@ -13,6 +12,7 @@ from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
 from pipeline.methods import build_gradient_method
+from pipeline.places import below
 from pipeline.results.listing import KINDS, Kind, Part, TensorKind, in_order
 from pipeline.results.manifest import Begun, Cut, HeldOut, Requests, read_begun
 from pipeline.results.place import MANIFEST, is_run
@@ -25,13 +25,13 @@ _ANEW = "or begin anew in another directory with --restart (restart=True)"
 _REMEDY = f"restore the file from a copy, {_ANEW}"
 
 
-def open_earlier(path: Path) -> RunStore | None:
-    """Open the run that has begun in a directory; None if none has.
+def open_earlier(spec: JobSpec) -> RunStore | None:
+    """Open the run that has begun in a job's directory; None if none has.
 
     Raises:
         ResultsDamagedError: a manifest is damaged.
     """
-    return RunStore.open(path) if is_run(path) else None
+    return RunStore.open(spec.run_path, spec.place) if is_run(spec.run_path) else None
 
 
 def require_same_job(store: RunStore, plan: Plan) -> None:
@@ -51,7 +51,7 @@ def require_same_job(store: RunStore, plan: Plan) -> None:
     now = plan.spec.model_copy(update={"method": method})
     if differences := now.differences(earlier):
         raise InputError(
-            f"{store.path} holds a run with other settings: {'; '.join(differences)}. Set them as"
+            f"{store.place} holds a run with other settings: {'; '.join(differences)}. Set them as"
             f" they were to resume it, {_ANEW}"
         )
     entries, before = plan_entries(plan), begun.requests
@@ -60,19 +60,19 @@ def require_same_job(store: RunStore, plan: Plan) -> None:
         if before.count != len(plan.rows):
             what = f"{before.count} were read then and {len(plan.rows)} now"
         raise InputError(
-            f"{store.path}: the requests ({plan.spec.requests.path}) have changed since the run"
+            f"{store.place}: the requests ({plan.spec.requests.path}) have changed since the run"
             f" began: {what}. Restore them to resume the run, {_ANEW}"
         )
     if begun.held_out != _held_out(plan):
         raise InputError(
-            f"{store.path}: the texts of evaluation.general.corpus"
+            f"{store.place}: the texts of evaluation.general.corpus"
             f" ({plan.spec.evaluation.general.corpus}) have changed since the run began; restore"
             f" them to resume the run, {_ANEW}"
         )
     if begun.plan != Cut(**entries["plan"]):
         raise InputError(
-            f"{store.path}: another version of editfleet cut the requests into other shards; resume"
-            f" the run with that one, {_ANEW}"
+            f"{store.place}: another version of editfleet cut the requests into other shards;"
+            f" resume the run with that one, {_ANEW}"
         )
     _warn_of_other_versions(store, begun)
 
@@ -83,7 +83,7 @@ def earlier_spec(store: RunStore) -> JobSpec:
     Raises:
         ResultsDamagedError: it does not have the hash that the manifest records.
     """
-    begun, where = read_begun(store), f"{store.path / MANIFEST}: spec"
+    begun, where = read_begun(store), f"{below(store.place, MANIFEST)}: spec"
     try:
         spec = parse_spec(begun.spec, where)
     except InputError as error:
@@ -107,13 +107,13 @@ def require_same_model(store: RunStore, worker: WorkerDescription) -> None:
         before, found = getattr(begun.model, name), getattr(worker, name)
         if before != found:
             raise FingerprintMismatchError(
-                f"{store.path}: the run was begun with a model of {name} {before[:12]}, the one at"
+                f"{store.place}: the run was begun with a model of {name} {before[:12]}, the one at"
                 f" {begun.model.path} has {found[:12]}; restore it to resume the run, {_ANEW}"
             )
     if begun.workers.device.partition(":")[0] != worker.device.partition(":")[0]:
         log.warning(
             "%s was begun on %s and goes on on %s: its last bits will not be those of one run",
-            store.path,
+            store.place,
             begun.workers.device,
             worker.device,
         )
@@ -130,7 +130,7 @@ def require_same_covariances(store: RunStore, covariances: Covariances) -> None:
     found = covariances.digests()
     if other := [layer for layer, now in found.items() if before.get(layer) != now]:
         raise FingerprintMismatchError(
-            f"{store.path}: the covariances of layers {', '.join(other)} in"
+            f"{store.place}: the covariances of layers {', '.join(other)} in"
             f" {covariances.directory} are not those that the run was begun with; restore them to"
             f" resume the run, {_ANEW}"
         )
@@ -153,7 +153,7 @@ def drop_unsound(store: RunStore, plan: Plan) -> int:
         lost |= {part.name: part for part in came_from}
     if len(lost) > len(damaged):
         names = ", ".join(list(lost)[len(damaged) :])
-        log.warning("%s: computed again, since it came from what is lost: %s", store.path, names)
+        log.warning("%s: computed again, since it came from what is lost: %s", store.place, names)
     # What was computed from others goes first: a crash in between leaves the reason for the rest.
     for part in reversed(in_order(lost.values())):
         store.withdraw(part)
@@ -241,7 +241,7 @@ def is_complete(store: RunStore, plan: Plan) -> bool:
         and all(store.has_part("general", round, 0) for round in measured)
         and holds_all_updates(store, plan)
         and (store.path / "summary.json").is_file()
-        and (not output.save_model or (store.path / "model").is_dir())
+        and (not output.save_model or store.holds_model)
     )
 
 
@@ -255,6 +255,6 @@ def _warn_of_other_versions(store: RunStore, begun: Begun) -> None:
     if others := [name for name in now if before.get(name) != now[name]]:
         log.warning(
             "%s was begun with other versions: %s; its last bits may not be those of one run",
-            store.path,
+            store.place,
             ", ".join(f"{name} {before.get(name)} (now {now[name]})" for name in others),
         )

@@ -17,9 +17,9 @@ from pipeline.cluster.study import Study
 from pipeline.errors import InputError
 from pipeline.methods import check_batch
 from pipeline.requests import EditRequest
-from pipeline.results.lock import held
+from pipeline.results.driving import driving
 from pipeline.results.manifest import read_begun
-from pipeline.results.place import next_free
+from pipeline.results.remote import next_free_place
 from pipeline.results.store import RunStore
 from pipeline.spec import JobSpec
 from pipeline.watching import logs
@@ -31,12 +31,14 @@ class RunResult:
     """What a finished job leaves.
 
     Attributes:
-        path: the run directory.
+        path: the run directory; of a run at a URL, the driver's copy of it.
         summary: what summary.json holds.
+        place: where the run is: the directory, or the URL.
     """
 
     path: Path
     summary: dict[str, Any]
+    place: str
 
     @property
     def counts(self) -> dict[str, int]:
@@ -123,10 +125,10 @@ def _run(
             " to null to edit"
         )
     if restart:
-        spec = spec.at(next_free(spec.run_path))
+        spec = spec.at(next_free_place(spec.place))
     progress = PhaseProgress(console)
-    with logs.about(run=str(spec.run_path)), held(spec.run_path):
-        store = open_earlier(spec.run_path)
+    with logs.about(run=spec.place), driving(spec.run_path, spec.url) as progress.mirror:
+        store = open_earlier(spec)
         plan = make_plan(spec, requests)
         if (complete := check_job(plan, store, progress)) is not None:
             return complete
@@ -136,7 +138,7 @@ def _run(
         try:
             scheduler = make_scheduler(engine, plan.spec)
             study = Study(plan, engine, scheduler, progress, store)
-            return RunResult(plan.spec.run_path, study.run())
+            return RunResult(plan.spec.run_path, study.run(), plan.spec.place)
         finally:
             engine.close()
 
@@ -159,9 +161,9 @@ def check_job(plan: Plan, store: RunStore | None, progress: PhaseProgress) -> Ru
     require_same_job(store, plan)
     dropped = drop_unsound(store, plan)
     if not dropped and is_complete(store, plan):
-        progress.say(f"{store.path} is complete; nothing is left to do")
-        return RunResult(store.path, store.read_json("summary.json"))
-    progress.say(f"{store.path}: going on with the run that was begun")
+        progress.say(f"{store.place} is complete; nothing is left to do")
+        return RunResult(store.path, store.read_json("summary.json"), store.place)
+    progress.say(f"{store.place}: going on with the run that was begun")
     progress.seconds.update(read_begun(store).seconds)
     return None
 

@@ -230,6 +230,8 @@ class Study:
             self.store = begin_run(self.plan, worker, method, covariances, self.engine.num_workers)
         if self.progress.watch is not None:
             self.progress.watch.write_to(self.store.path)
+        if self.progress.mirror is not None:
+            self.progress.mirror.follow(self.store)
         return self.store
 
     def _settle(self, method: MethodSpec) -> MethodSpec:
@@ -289,7 +291,7 @@ class Study:
             reason = self.failures[requests[0].case_id]
             where = "" if self.is_batch else f"round {round}: "
             raise JobFailedError(
-                f"{where}no request has a value; the first reason: {reason}; see {store.path}"
+                f"{where}no request has a value; the first reason: {reason}; see {store.place}"
             )
         if not live:
             # Where rounds are single edits, one that fails is no reason to end the study.

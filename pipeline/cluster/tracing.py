@@ -24,9 +24,9 @@ from pipeline.cluster.scheduler import Outcome, Scheduler
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import InputError
 from pipeline.requests import EditRequest
-from pipeline.results.lock import held
+from pipeline.results.driving import driving
 from pipeline.results.manifest import read_begun
-from pipeline.results.place import next_free
+from pipeline.results.remote import next_free_place
 from pipeline.results.schemas import SCHEMAS
 from pipeline.results.store import RunStore
 from pipeline.spec import (
@@ -70,9 +70,10 @@ def run_trace(
     """
     spec = _for_tracing(spec)
     if restart:
-        spec = spec.at(next_free(spec.run_path))
-    with held(spec.run_path):
-        return _begin_or_go_on(spec, requests, PhaseProgress(console))
+        spec = spec.at(next_free_place(spec.place))
+    progress = PhaseProgress(console)
+    with driving(spec.run_path, spec.url) as progress.mirror:
+        return _begin_or_go_on(spec, requests, progress)
 
 
 def _for_tracing(spec: JobSpec) -> JobSpec:
@@ -92,7 +93,7 @@ def _for_tracing(spec: JobSpec) -> JobSpec:
 def _begin_or_go_on(
     spec: JobSpec, requests: Sequence[EditRequest] | None, progress: PhaseProgress
 ) -> RunResult:
-    store = open_earlier(spec.run_path)
+    store = open_earlier(spec)
     plan = make_plan(spec, requests)
     if store is not None:
         require_same_job(store, plan)
@@ -101,16 +102,16 @@ def _begin_or_go_on(
             store.withdraw(part)
         done = read_begun(store).status == "finished" and (store.path / "summary.json").is_file()
         if done and not shards_left(store, "trace", BASELINE_ROUND, plan.shards):
-            progress.say(f"{store.path} is complete; nothing is left to do")
-            return RunResult(store.path, store.read_json("summary.json"))
-        progress.say(f"{store.path}: going on with the run that was begun")
+            progress.say(f"{store.place} is complete; nothing is left to do")
+            return RunResult(store.path, store.read_json("summary.json"), store.place)
+        progress.say(f"{store.place}: going on with the run that was begun")
         progress.seconds.update(read_begun(store).seconds)
     with progress.phase("start", 1):
         engine = start_engine(plan.spec)
     try:
         scheduler = make_scheduler(engine, plan.spec)
         summary = _Tracing(plan, scheduler, progress, store).run(engine.num_workers)
-        return RunResult(plan.spec.run_path, summary)
+        return RunResult(plan.spec.run_path, summary, plan.spec.place)
     finally:
         engine.close()
 
@@ -139,6 +140,8 @@ class _Tracing:
             none = Covariances({}, {}, Path())
             method = self.plan.spec.method.model_copy(update={"contexts": ("{}",)})
             self.store = begin_run(self.plan, worker, method, none, num_workers)
+        if self.progress.mirror is not None:
+            self.progress.mirror.follow(self.store)
         return self.store
 
     def _noise(self, store: RunStore) -> float:

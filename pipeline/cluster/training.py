@@ -141,7 +141,7 @@ class Training:
             if not left:
                 reason = next(iter(failures.values()))
                 raise JobFailedError(
-                    f"no request has a gradient; the first reason: {reason}; see {self.store.path}"
+                    f"no request has a gradient; the first reason: {reason}; see {self.store.place}"
                 )
             try:
                 return self._descend(left, round, ticker), failures

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.evaluation.summary import summarise_job
+from pipeline.places import below
 from pipeline.report.forgetting import SCORED_COLUMNS, Forgetting, forgetting
 from pipeline.report.neighbours import Neighbours, worst_neighbours
 from pipeline.report.norms import UpdateNorm, update_norms
@@ -122,7 +123,7 @@ def settings_of(run: Run) -> dict[str, str]:
     Raises:
         ResultsDamagedError: the manifest is not what was written.
     """
-    return flattened(check_recorded(run.manifest, Recorded, run.path / MANIFEST).spec)
+    return flattened(check_recorded(run.manifest, Recorded, below(run.place, MANIFEST)).spec)
 
 
 def find(run: Run) -> Findings:
@@ -134,11 +135,11 @@ def find(run: Run) -> Findings:
         InputError: the run says that it is finished and has no summary.
         ResultsDamagedError: a file of the run is damaged.
     """
-    recorded = check_recorded(run.manifest, Recorded, run.path / MANIFEST)
+    recorded = check_recorded(run.manifest, Recorded, below(run.place, MANIFEST))
     is_finished = recorded.status == "finished"
     whole = None if is_finished else _whole_rounds(run)
     summary = run.summary if whole is None else _summary_so_far(run, recorded, whole)
-    checked = check_recorded(summary, RecordedSummary, run.path / "summary.json")
+    checked = check_recorded(summary, RecordedSummary, below(run.place, "summary.json"))
     norms = update_norms(run)
     rounds = 1 + max((norm.round for norm in norms), default=0)
     last = max((entry["round"] for entry in summary["evaluation"]["rounds"]), default=-1)
@@ -146,7 +147,7 @@ def find(run: Run) -> Findings:
         run=run,
         recorded=recorded,
         settings=flattened(recorded.spec),
-        status=None if is_finished else run_status(run.path),
+        status=None if is_finished else run_status(run.place),
         summary=summary,
         general=[entry.model_dump() for entry in checked.general],
         rounds=rounds,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
+from pipeline.places import below, located
 from pipeline.printable import one_line
 from pipeline.report import (
     figures_model,
@@ -30,6 +31,7 @@ from pipeline.report.tables import Table
 from pipeline.report.trace_summary import check_trace, proposal_said
 from pipeline.results.atomic import write_atomically
 from pipeline.results.reading import Run, read
+from pipeline.results.remote import writing_into
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -58,16 +60,16 @@ class _Section:
         return not self.texts and not any((*self.pictures, *self.tables))
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write report.html and its figures (report/*.svg, *.png), and return the page's path.
+def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path | str:
+    """Write report.html and its figures (report/*.svg, *.png), and return its path or URL.
 
     The page needs no other file, no network and no script. The same runs give the same bytes. Each
     file is written whole or not at all, the page last, and no file of the runs is changed.
 
     Args:
-        runs: run directories; several are compared, a line each. Those that differ in their seed
-            only are one line, with a band from the least to the greatest.
-        output: the directory to write to; null is the run's own, where there is one run.
+        runs: run directories or URLs; several are compared, a line each. Those that differ in
+            their seed only are one line, with a band from the least to the greatest.
+        output: the directory or URL to write to; null is the run's own, where there is one run.
 
     Raises:
         InputError: a directory is no run, or there are several runs and no output.
@@ -78,16 +80,17 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
         raise InputError("no run to report on; name a run directory")
     if output is None and len(runs) > 1:
         raise InputError("several runs: say where to write their report with --output DIR")
-    directory = Path(runs[0] if output is None else output)
+    place = located(runs[0] if output is None else output)
     title, every = _content([read(run) for run in runs])
     sections = [section for section in every if not section.is_empty]
     pictures = [picture for section in sections for picture in section.pictures if picture]
     page = _template().render(title=title, sections=sections)
-    for picture in pictures:
-        write_atomically(directory / PICTURES / f"{picture.name}.svg", picture.svg)
-        write_atomically(directory / PICTURES / f"{picture.name}.png", picture.png)
-    write_atomically(directory / PAGE, page.encode())
-    return directory / PAGE
+    with writing_into(place) as directory:
+        for picture in pictures:
+            write_atomically(directory / PICTURES / f"{picture.name}.svg", picture.svg)
+            write_atomically(directory / PICTURES / f"{picture.name}.png", picture.png)
+        write_atomically(directory / PAGE, page.encode())
+    return place / PAGE if isinstance(place, Path) else below(place, PAGE)
 
 
 def _content(runs: Sequence[Run]) -> tuple[str, Iterator[_Section]]:
@@ -95,8 +98,8 @@ def _content(runs: Sequence[Run]) -> tuple[str, Iterator[_Section]]:
     traces = [_is_trace(run) for run in runs]
     if any(traces):
         if len(runs) > 1:
-            path = runs[traces.index(True)].path
-            raise InputError(f"{path} is a causal trace; report on it alone")
+            place = runs[traces.index(True)].place
+            raise InputError(f"{place} is a causal trace; report on it alone")
         return one_line(str(runs[0].summary["name"]), _LONGEST_LABEL), _trace_sections(runs[0])
     found = [find(run) for run in runs]
     labelled = list(zip(labels(found), found, strict=True))

@@ -23,8 +23,8 @@ def read_columns(
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ResultsDamagedError(
-            f"{run.path}: {kind}/ cannot be read: {' '.join(str(error).split())}; `editfleet status"
-            f" {run.path} --verify` names the damaged files"
+            f"{run.place}: {kind}/ cannot be read: {' '.join(str(error).split())};"
+            f" `editfleet status {run.place} --verify` names the damaged files"
         ) from error
     return table
 

@@ -8,12 +8,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.places import is_url, located
 from pipeline.printable import one_line
 from pipeline.report.summary import problem_lines
 from pipeline.results.listing import TableKind
-from pipeline.results.lock import Owner, is_held, read_owner
+from pipeline.results.lock import Owner
 from pipeline.results.manifest import Begun, read_begun
-from pipeline.results.place import is_run
+from pipeline.results.remote import begun_at, driver_of, open_run
 from pipeline.results.store import RunStore
 from pipeline.spec import JobSpec, parse_spec
 
@@ -49,7 +50,7 @@ class RunStatus:
     """A run as it is now.
 
     Attributes:
-        path: the run directory.
+        place: the run directory, or the run's URL.
         begun: what its manifest says; None if nothing was written yet.
         is_held: whether a driver holds it; None where that cannot be told.
         owner: that driver, or the last one if it was killed.
@@ -58,7 +59,7 @@ class RunStatus:
         damaged: what is wrong with files that differ, a line each.
     """
 
-    path: Path
+    place: str
     begun: Begun | None
     is_held: bool | None
     owner: Owner | None
@@ -78,26 +79,27 @@ class RunStatus:
         return "killed" if self.is_held is False else "running, or killed"
 
 
-def run_status(path: Path, *, verify: bool = False) -> RunStatus:
+def run_status(run: str | Path, *, verify: bool = False) -> RunStatus:
     """Find out how far a run is; it may be under way, interrupted or finished.
 
     Args:
-        path: the run directory.
+        run: the run directory, or the run's URL.
         verify: also compare every listed file with its checksum.
 
     Raises:
         InputError: it is not a run directory.
         ResultsDamagedError: a manifest is damaged.
     """
-    held, owner = is_held(path), read_owner(path)
-    if not is_run(path) and held:
-        return RunStatus(path, None, held, owner)
-    store = RunStore.open(path)
+    place = str(located(run))
+    held, owner = driver_of(place)
+    if (held or (held is None and is_url(place))) and not begun_at(place):
+        return RunStatus(place, None, held, owner)
+    store = open_run(place, beside=False)
     begun = read_begun(store)
-    spec = parse_spec(begun.spec, f"{path}: spec")
+    spec = parse_spec(begun.spec, f"{place}: spec")
     damaged = tuple(str(error) for _, error in store.damaged()) if verify else ()
     checked = len(store.parts()) if verify else None
-    return RunStatus(path, begun, held, owner, _phases(store, begun, spec), checked, damaged)
+    return RunStatus(place, begun, held, owner, _phases(store, begun, spec), checked, damaged)
 
 
 def print_status(status: RunStatus, console: Console) -> None:
@@ -169,13 +171,13 @@ def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
         # Each with its evaluation, whose size differs from round to round.
         found.append(of_parts("rounds", "edits", rounds, len(rounds), "rounds"))
     if spec.output.save_model:
-        found.append(Phase("model", int((store.path / "model").is_dir()), 1, "models"))
+        found.append(Phase("model", int(store.holds_model), 1, "models"))
     return tuple(found)
 
 
 def headline(status: RunStatus) -> str:
     """Which state a run is in, who holds it, and why it ended if it did."""
-    line = f"{status.path}: {status.state}"
+    line = f"{status.place}: {status.state}"
     if status.is_held:
         line += f"; held by {status.owner or 'a driver'}"
     elif status.state.startswith(("killed", "running")) and status.owner is not None:

@@ -122,17 +122,23 @@ def read_lines(path: Path) -> dict[str, Part]:
         ResultsDamagedError: the file is missing, or any other line is not what was written.
     """
     try:
-        *lines, unfinished = path.read_bytes().split(b"\n")
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ResultsDamagedError(
             f"{path} is missing: the run's parts cannot be told from leftovers; "
             "restore it from a copy or run the job again in a new directory"
         ) from error
+    return parse_lines(data, path)
+
+
+def parse_lines(data: bytes, source: Path | str) -> dict[str, Part]:
+    """The same of a listing that has been read; `source` names it in errors."""
+    *lines, unfinished = data.split(b"\n")
     if unfinished:
-        log.warning("%s ends in an unfinished line, which is ignored (a crash cut it)", path)
+        log.warning("%s ends in an unfinished line, which is ignored (a crash cut it)", source)
     parts: dict[str, Part] = {}
     for number, line in enumerate(lines, start=1):
-        part = _parse(line, number, path)
+        part = _parse(line, number, source)
         if part.withdrawn:
             parts.pop(part.name, None)
         else:
@@ -140,12 +146,12 @@ def read_lines(path: Path) -> dict[str, Part]:
     return parts
 
 
-def _parse(line: bytes, number: int, path: Path) -> Part:
+def _parse(line: bytes, number: int, source: Path | str) -> Part:
     try:
         return Part.model_validate_json(line)
     except ValidationError as error:
         raise ResultsDamagedError(
-            f"{path}, line {number} is damaged: {first_problem(error)}; "
+            f"{source}, line {number} is damaged: {first_problem(error)}; "
             "restore the file from a copy or run the job again in a new directory"
         ) from error
 

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import InputError
 from pipeline.results.atomic import make_directory, write_atomically
-from pipeline.results.place import LISTING, LOCK, OWNER, is_run, require_fresh
+from pipeline.results.place import COPY, LISTING, LOCK, OWNER, is_run, require_fresh
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,14 @@ class Owner:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held(path: Path, place: str | None = None) -> Iterator[None]:
     """Hold a run directory, which is made when it is missing, as its only driver.
 
     When no run has begun in it by the end, what this made is gone again.
+
+    Args:
+        path: the directory.
+        place: what errors call the run, where that is another name than its path.
 
     Raises:
         InputError: another driver holds it, it holds something else than a run, or it cannot be
@@ -58,7 +62,7 @@ def held(path: Path) -> Iterator[None]:
         make_directory(path)
         lock.acquire(timeout=_PATIENCE_SECONDS)
     except Timeout:
-        raise InputError(_busy(path)) from None
+        raise InputError(_busy(path, place or str(path))) from None
     except OSError as error:
         _remove(made)
         raise InputError(
@@ -71,8 +75,8 @@ def held(path: Path) -> Iterator[None]:
     finally:
         (path / OWNER).unlink(missing_ok=True)
         if not is_run(path):
-            (path / LISTING).unlink(missing_ok=True)
-            (path / LOCK).unlink(missing_ok=True)
+            for name in (LISTING, COPY, LOCK):
+                (path / name).unlink(missing_ok=True)
             _remove(made)
         lock.release()
 
@@ -93,13 +97,19 @@ def is_held(path: Path) -> bool | None:
 def read_owner(path: Path) -> Owner | None:
     """Who holds the run directory or was killed while holding it; None if nobody is recorded."""
     try:
-        content = json.loads((path / OWNER).read_bytes())
-        owner = Owner(str(content["host"]), int(content["process"]), str(content["since"]))
-        str(owner)
+        return parse_owner((path / OWNER).read_bytes(), path / OWNER)
     except FileNotFoundError:
         return None
+
+
+def parse_owner(data: bytes, source: Path | str) -> Owner | None:
+    """What a driver wrote about itself; None, and a warning, if that is not what `source` holds."""
+    try:
+        content = json.loads(data)
+        owner = Owner(str(content["host"]), int(content["process"]), str(content["since"]))
+        str(owner)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        log.warning("%s does not say who the driver is (%s)", path / OWNER, error)
+        log.warning("%s does not say who the driver is (%s)", source, error)
         return None
     return owner
 
@@ -118,11 +128,11 @@ def _sign(path: Path) -> None:
     write_atomically(path / OWNER, json.dumps(asdict(Owner(here, os.getpid(), now))).encode())
 
 
-def _busy(path: Path) -> str:
+def _busy(path: Path, place: str) -> str:
     owner = read_owner(path)
     who = "another driver" if owner is None else f"another driver ({owner})"
     return (
-        f"{path}: {who} is working on this run; wait for it or end it, or choose another"
+        f"{place}: {who} is working on this run; wait for it or end it, or choose another"
         " output.path"
     )
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ResultsDamagedError
+from pipeline.places import below
 from pipeline.results.damage import first_problem
 from pipeline.results.place import MANIFEST
 from pipeline.results.store import RunStore
@@ -102,6 +103,6 @@ def read_begun(store: RunStore) -> Begun:
         return Begun.model_validate(store.manifest)
     except ValidationError as error:
         raise ResultsDamagedError(
-            f"{store.path / MANIFEST}: {first_problem(error)}; restore the file from a copy, or"
-            " begin anew in another directory with --restart (restart=True)"
+            f"{below(store.place, MANIFEST)}: {first_problem(error)}; restore the file from a copy,"
+            " or begin anew in another directory with --restart (restart=True)"
         ) from error

@@ -1,12 +1,14 @@
 """Reading a part whose bytes are as listed, but which may come from anyone: what it must hold."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.results.listing import TableKind
+from pipeline.results.listing import Part, TableKind
+from pipeline.results.place import LISTING
 from pipeline.results.schemas import check_schema
 
 
@@ -33,6 +35,23 @@ def read_table(kind: TableKind | Literal["harness"], path: Path) -> pa.Table:
     except (TypeError, ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"is not one of our parts: {_one_line(error)}") from error
     return table
+
+
+def problem_of(path: Path, part: Part) -> str | None:
+    """What makes a file another than the part that was listed; None if nothing does."""
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != part.bytes:
+        return f"has {size} bytes, expected {part.bytes}"
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != part.sha256:
+        return f"has SHA-256 {digest}, expected {part.sha256}"
+    try:
+        rows = None if part.rows is None else count_rows(path)
+    except ValueError as error:
+        return str(error)
+    return None if rows == part.rows else f"has {rows} rows, {LISTING} says {part.rows}"
 
 
 def count_rows(path: Path) -> int:

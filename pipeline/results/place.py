@@ -8,10 +8,15 @@ MANIFEST = "manifest.json"
 LISTING = "manifest.jsonl"
 LOCK = ".lock"
 OWNER = ".driver.json"
+COPY = ".copy.json"
+"""Says which URL a directory is the copy of."""
+TRACKED = "trackers.json"
+"""Tracker -> the run's id there."""
 PLAN = "plan.json"
 """What a job was estimated to cost; it may be there before the run."""
 
-_LEFT_BY_A_START = {f".{MANIFEST}.tmp", f".{OWNER}.tmp", f".{PLAN}.tmp", LOCK, OWNER, PLAN}
+_LEFT_BY_A_START = {f".{MANIFEST}.tmp", f".{OWNER}.tmp", f".{PLAN}.tmp"}
+_LEFT_BY_A_START |= {f".{COPY}.tmp", COPY, LOCK, OWNER, PLAN}
 
 
 def is_run(path: Path) -> bool:

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import InputError, ResultsDamagedError
+from pipeline.places import below, located
 from pipeline.results.atomic import write_atomically
 from pipeline.results.damage import first_problem
-from pipeline.results.place import PLAN, is_run, require_fresh
+from pipeline.results.place import PLAN
+from pipeline.results.remote import begun_at, require_free, writing_into
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -81,23 +83,27 @@ class Estimate(BaseModel):
     memory: Memory
 
 
-def write_estimate(run: Path, estimate: Estimate) -> Path:
-    """Put an estimate where a run is going to be; return its path.
+def write_estimate(place: str | Path, estimate: Estimate) -> Path | str:
+    """Put an estimate where a run is going to be; return its path or URL.
 
     Raises:
-        InputError: a run has begun there, or the directory holds something else or cannot be
-            written.
+        InputError: a run has begun there, or the place holds something else or cannot be written.
     """
-    if is_run(run):
-        raise InputError(f"{run} holds a run already; plan it before it begins, or without --save")
-    require_fresh(run)
+    place = located(place)
+    if begun_at(place):
+        raise InputError(
+            f"{place} holds a run already; plan it before it begins, or without --save"
+        )
+    require_free(place)
     try:
-        write_atomically(run / PLAN, estimate.model_dump_json(indent=2).encode() + b"\n")
+        with writing_into(place) as directory:
+            data = estimate.model_dump_json(indent=2).encode() + b"\n"
+            write_atomically(directory / PLAN, data)
     except OSError as error:
         raise InputError(
-            f"{run}: cannot write {PLAN} ({error.strerror}); choose another output.path"
+            f"{place}: cannot write {PLAN} ({error.strerror}); choose another output.path"
         ) from error
-    return run / PLAN
+    return place / PLAN if isinstance(place, Path) else below(place, PLAN)
 
 
 def read_estimate(run: Path) -> Estimate | None:

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from pipeline.errors import InputError
+from pipeline.places import below
 from pipeline.results.harness import read_harness
 from pipeline.results.listing import Kind, TableKind
 from pipeline.results.recorded import RecordedRun, check_recorded
+from pipeline.results.remote import open_run
 from pipeline.results.schemas import SCHEMAS
 from pipeline.results.store import MANIFEST, RunStore
 
@@ -19,13 +21,16 @@ Frame = Literal["arrow", "polars", "pandas"]
 
 
 def read(run: str | Path) -> "Run":
-    """Open a run directory for reading; it may still be growing, or have been interrupted.
+    """Open a run for reading; it may still be growing, or have been interrupted.
+
+    Args:
+        run: its directory, or the URL that it is at (docs/cluster.md).
 
     Raises:
-        InputError: it is not a run directory.
+        InputError: it is not a run, or the URL cannot be read.
         ResultsDamagedError: a manifest is damaged.
     """
-    return Run(RunStore.open(Path(run)))
+    return Run(open_run(run))
 
 
 class Run:
@@ -41,8 +46,13 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """The run directory."""
+        """The run directory; of a run at a URL, a copy of what has been read of it."""
         return self._store.path
+
+    @property
+    def place(self) -> str:
+        """Where the run is: its directory, or its URL."""
+        return self._store.place
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -60,7 +70,7 @@ class Run:
             summary: dict[str, Any] = self._store.read_json("summary.json")
         except FileNotFoundError as error:
             raise InputError(
-                f"{self.path} has no summary.json: the job has not finished; resume it first"
+                f"{self.place} has no summary.json: the job has not finished; resume it first"
             ) from error
         return summary
 
@@ -71,7 +81,7 @@ class Run:
         Raises:
             ResultsDamagedError: one is missing or another.
         """
-        return check_recorded(self.manifest, RecordedRun, self.path / MANIFEST)
+        return check_recorded(self.manifest, RecordedRun, below(self.place, MANIFEST))
 
     def edits(self, as_: Frame = "arrow") -> Any:
         """Return one row a request, as a `pyarrow.Table`, Polars or pandas data frame."""
@@ -110,11 +120,12 @@ class Run:
 
         The scan checks page checksums only; `verify` checks whole files.
         """
-        if not self.files(kind):
+        files = self.files(kind)
+        if not files:
             return ds.dataset(SCHEMAS[kind].empty_table())
         checked = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         return ds.dataset(
-            [str(path) for path in self.files(kind)],
+            [str(path) for path in files],
             schema=SCHEMAS[kind],
             format=ds.ParquetFileFormat(default_fragment_scan_options=checked),
         )
@@ -125,7 +136,9 @@ class Run:
         Raises:
             ResultsDamagedError: a link leads out of the run directory.
         """
-        return [self._store.path_of(part) for part in self._store.parts(kind, round)]
+        parts = self._store.parts(kind, round)
+        self._store.bring(parts)
+        return [self._store.path_of(part) for part in parts]
 
     def updates(self, round: int | None = None) -> list[Path]:
         """Return the update files (safetensors), in the order in which they were applied."""

@@ -2,15 +2,15 @@
 
 import copy
 import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipeline.errors import InputError, ResultsDamagedError
+from pipeline.places import below
 from pipeline.results.atomic import make_directory, write_atomically
 from pipeline.results.encoding import to_json, to_parquet, with_sorted_header
 from pipeline.results.listing import (
@@ -24,7 +24,8 @@ from pipeline.results.listing import (
     table_part_name,
     tensors_name,
 )
-from pipeline.results.parts import count_rows, read_table, require_inside
+from pipeline.results.manifest_file import parse_json, parse_manifest
+from pipeline.results.parts import problem_of, read_table, require_inside
 from pipeline.results.place import LISTING, MANIFEST, is_run, require_fresh
 from pipeline.results.schemas import SCHEMA_VERSION, SCHEMAS, conform
 
@@ -36,11 +37,23 @@ class RunStore:
     """A run directory, made with `create` or opened with `open`.
 
     It knows the parts that were listed when it was made plus those it wrote itself.
+
+    Attributes:
+        path: the directory.
+        place: what errors call the run: the directory, or the URL that it is a copy of.
+        on_change: called after everything that is written.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], parts: dict[str, Part]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        parts: dict[str, Part],
+        place: str | None = None,
+    ) -> None:
         """Use `create` or `open`."""
-        self.path = path
+        self.path, self.place = path, place or str(path)
+        self.on_change: Callable[[], None] = _nothing
         self._manifest = manifest
         self._parts: dict[str, Part] = {}
         # A round asks for its own parts: what it costs must not grow with the rounds before it.
@@ -49,8 +62,10 @@ class RunStore:
             self._remember(part)
 
     @classmethod
-    def create(cls, path: Path, manifest: Mapping[str, Any]) -> "RunStore":
-        """Make a run directory with its `manifest.json`.
+    def create(
+        cls, path: Path, manifest: Mapping[str, Any], place: str | None = None
+    ) -> "RunStore":
+        """Make a run directory with its `manifest.json`; `place` is its URL if it is a copy.
 
         Raises:
             InputError: the directory holds something already, or cannot be made.
@@ -65,14 +80,14 @@ class RunStore:
                 f"{path}: cannot make the run directory ({error.strerror}); "
                 "choose another output.path"
             ) from error
-        store = cls(path, {"schema_version": SCHEMA_VERSION, **manifest}, {})
+        store = cls(path, {"schema_version": SCHEMA_VERSION, **manifest}, {}, place)
         # Last, because its presence is what makes the directory a run.
         store.update_manifest()
         return store
 
     @classmethod
-    def open(cls, path: Path) -> "RunStore":
-        """Open an existing run directory.
+    def open(cls, path: Path, place: str | None = None) -> "RunStore":
+        """Open an existing run directory; `place` is its URL if it is a copy.
 
         Raises:
             InputError: it is not a run directory, or one of another schema version.
@@ -81,14 +96,8 @@ class RunStore:
         path = Path(path)
         if not is_run(path):
             raise InputError(f"{path} is not a run directory: it has no {MANIFEST}")
-        manifest = _read_json(path / MANIFEST)
-        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        if version != SCHEMA_VERSION:
-            raise InputError(
-                f"{path / MANIFEST}: schema_version is {version!r}, this editfleet reads "
-                f"{SCHEMA_VERSION}; open the run with the editfleet that wrote it"
-            )
-        return cls(path, manifest, read_lines(path / LISTING))
+        manifest = parse_manifest((path / MANIFEST).read_bytes(), path / MANIFEST)
+        return cls(path, manifest, read_lines(path / LISTING), place)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -100,6 +109,7 @@ class RunStore:
         manifest = {**self._manifest, **copy.deepcopy(fields)}
         write_atomically(self.path / MANIFEST, to_json(manifest))
         self._manifest = manifest
+        self.on_change()
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file such as `summary.json` into the run directory, atomically.
@@ -109,6 +119,7 @@ class RunStore:
         """
         assert Path(name).name == name and name != MANIFEST, name
         write_atomically(self.path / name, to_json(content))
+        self.on_change()
 
     def read_json(self, name: str) -> Any:
         """Return the content of a file that `write_json` wrote.
@@ -117,7 +128,7 @@ class RunStore:
             FileNotFoundError: it has not been written.
             ResultsDamagedError: it is not JSON.
         """
-        return _read_json(self.path / name)
+        return parse_json((self.path / name).read_bytes(), below(self.place, name))
 
     def write_part(
         self,
@@ -193,6 +204,7 @@ class RunStore:
         write_atomically(self.path_of(part), data)
         append_line(self.path / LISTING, part)
         self._remember(part)
+        self.on_change()
         return part.name
 
     def _remember(self, part: Part) -> None:
@@ -241,6 +253,7 @@ class RunStore:
     def layers(self, kind: TensorKind, round: int) -> dict[int, Path]:
         """Layer -> file of the tensors of a kind that are listed for a round."""
         parts = self.parts(kind, round)
+        self.bring(parts)
         return {part.layer: self.path_of(part) for part in parts if part.layer is not None}
 
     def has_part(self, kind: TableKind, round: int, shard: int) -> bool:
@@ -256,12 +269,14 @@ class RunStore:
             ResultsDamagedError: a part is missing or damaged.
         """
         tables = [SCHEMAS[kind].empty_table()]
-        for part in self.parts(kind, round, shards):
+        parts = self.parts(kind, round, shards)
+        self.bring(parts)
+        for part in parts:
             self._check(part)
             try:
                 tables.append(read_table(kind, self.path_of(part)))
             except ValueError as error:
-                raise _damaged(self.path / part.name, str(error)) from error
+                raise self._damaged(part, str(error)) from error
         return pa.concat_tables(tables, promote_options="default")
 
     def verify(self) -> None:
@@ -270,11 +285,13 @@ class RunStore:
         Raises:
             ResultsDamagedError: naming the first file that differs from its line.
         """
+        self.bring(self.parts())
         for part in self.parts():
             self._check(part)
 
     def damaged(self) -> list[tuple[Part, ResultsDamagedError]]:
         """Check as `verify` does, and return every part that differs, with what is wrong."""
+        self.bring(self.parts())
         found = []
         for part in self.parts():
             try:
@@ -283,8 +300,16 @@ class RunStore:
                 found.append((part, error))
         return found
 
+    def bring(self, parts: Sequence[Part]) -> None:
+        """Called before files of parts are read; in a run directory they are there already."""
+
+    @property
+    def holds_model(self) -> bool:
+        """Whether the edited model is there."""
+        return (self.path / "model").is_dir()
+
     def path_of(self, part: Part) -> Path:
-        """The file of a part.
+        """The file of a part, which may have to be brought first.
 
         Raises:
             ResultsDamagedError: a link in its place leads out of the run directory.
@@ -293,36 +318,16 @@ class RunStore:
         try:
             return require_inside(path, self.path)
         except ValueError as error:
-            raise _damaged(path, str(error)) from error
+            raise self._damaged(part, str(error)) from error
 
     def _check(self, part: Part) -> None:
-        path = self.path_of(part)
-        if not path.is_file():
-            raise _damaged(path, "is missing")
-        if (size := path.stat().st_size) != part.bytes:
-            raise _damaged(path, f"has {size} bytes, expected {part.bytes}")
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != part.sha256:
-            raise _damaged(path, f"has SHA-256 {digest}, expected {part.sha256}")
-        try:
-            rows = None if part.rows is None else count_rows(path)
-        except ValueError as error:
-            raise _damaged(path, str(error)) from error
-        if rows != part.rows:
-            raise _damaged(path, f"has {rows} rows, its line in {LISTING} says {part.rows}")
+        if problem := problem_of(self.path_of(part), part):
+            raise self._damaged(part, problem)
+
+    def _damaged(self, part: Part, what: str) -> ResultsDamagedError:
+        remedy = "restore it from a copy, or resume the job, which computes it again"
+        return ResultsDamagedError(f"{below(self.place, part.name)} {what}; {remedy}")
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ResultsDamagedError(
-            f"{path} is not JSON ({error}); restore it from a copy or run the job again in a "
-            "new directory"
-        ) from error
-
-
-def _damaged(path: Path, what: str) -> ResultsDamagedError:
-    remedy = "restore it from a copy, or resume the job, which computes it again"
-    return ResultsDamagedError(f"{path} {what}; {remedy}")
+def _nothing() -> None:
+    """What a store does after a change unless told otherwise."""

@@ -4,7 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.setting_types import Directory, Finite, NonNegative, Place, Positive, Text, Threads
+from pipeline.setting_types import (
+    Directory,
+    Finite,
+    NonNegative,
+    Place,
+    Positive,
+    RunPlace,
+    Text,
+    Threads,
+)
 from pipeline.spec.part import Part
 
 Probe = Literal["rewrite", "paraphrase", "neighborhood", "locality", "portability", "generation"]
@@ -137,8 +146,12 @@ class EvaluationSpec(Part):
 class OutputSpec(Part):
     """What to leave behind."""
 
-    path: Directory | None = None
-    """The run directory; null is runs/<name>."""
+    path: RunPlace | None = None
+    """The run directory, or a URL of an object store (s3://BUCKET/PATH, gs://BUCKET/PATH) that is
+    kept as a copy on the driver's machine is (docs/cluster.md); null is runs/<name>."""
+    staging: Directory | None = None
+    """Where the copy of a run at a URL is kept; null is editfleet/runs in the user's cache
+    directory."""
     save_model: bool = False
     """Write the edited model to model/ in the run directory."""
     trackers: tuple[Tracker, ...] = ()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from pipeline.places import copy_directory, is_url
 from pipeline.setting_types import Seed
 from pipeline.spec.compare import CompareSpec
 from pipeline.spec.groups import (
@@ -50,13 +51,25 @@ class JobSpec(Part):
     """Seed of everything that is drawn: generated contexts, the covariance's texts."""
 
     @property
-    def run_path(self) -> Path:
-        """The run directory."""
-        return Path(self.output.path or Path("runs") / self.name)
+    def place(self) -> str:
+        """Where the run is: a directory or a URL."""
+        return self.output.path or str(Path("runs") / self.name)
 
-    def at(self, path: Path) -> "JobSpec":
-        """The same job with another run directory."""
-        output = self.output.model_copy(update={"path": str(path)})
+    @property
+    def url(self) -> str | None:
+        """The URL that the run is at; None if it is in a directory."""
+        return self.place if is_url(self.place) else None
+
+    @property
+    def run_path(self) -> Path:
+        """The run directory; of a run at a URL, the driver's copy of it."""
+        if self.url is None:
+            return Path(self.place)
+        return copy_directory(self.url, "driver", self.output.staging)
+
+    def at(self, place: Path | str) -> "JobSpec":
+        """The same job with its run in another place."""
+        output = self.output.model_copy(update={"path": str(place)})
         return self.model_copy(update={"output": output})
 
     def deciding(self) -> dict[str, Any]:
@@ -98,6 +111,7 @@ _FREE = frozenset(
         "method.max_drift",
         "output.keep_keys",
         "output.path",
+        "output.staging",
         "output.save_model",
         "output.trackers",
         "output.on_divergence",

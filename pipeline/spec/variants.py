@@ -1,10 +1,10 @@
 """The studies that a comparison is made of, each as a job spec of its own."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.places import below
 from pipeline.spec.job import JobSpec
 from pipeline.spec.loading import parse_spec
 
@@ -29,8 +29,8 @@ def variants(spec: JobSpec) -> list[JobSpec]:
         seeds = compare.seeds or (spec.seed,)
         suffixes = [f"-seed{seed}" for seed in seeds] if compare.seeds else [""]
         for seed, suffix in zip(seeds, suffixes, strict=True):
-            path = spec.run_path / f"{one.name}{suffix}"
-            found.append(one.model_copy(update={"seed": seed}).at(Path(path)))
+            where = below(spec.place, f"{one.name}{suffix}")
+            found.append(one.model_copy(update={"seed": seed}).at(where))
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise InputError(
             f"compare.methods: {len(labels)} methods, of which several are called {twice[0]!r};"

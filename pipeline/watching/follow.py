@@ -13,11 +13,11 @@ from pipeline.report.status import RunStatus, run_status, status_parts
 _UNDER_WAY = ("starting", "running", "running, or killed")
 
 
-def follow(run: Path, console: Console, seconds: float = 2.0) -> RunStatus:
+def follow(run: str | Path, console: Console, seconds: float = 2.0) -> RunStatus:
     """Show a run's status until no driver works on it any more, and return the last one.
 
     Args:
-        run: the run directory.
+        run: the run directory, or the run's URL.
         console: a terminal shows the table, refreshed; anything else a line a change.
         seconds: between two looks.
 
@@ -33,7 +33,7 @@ def follow(run: Path, console: Console, seconds: float = 2.0) -> RunStatus:
     return status
 
 
-def _follow_in_lines(run: Path, console: Console, seconds: float) -> RunStatus:
+def _follow_in_lines(run: str | Path, console: Console, seconds: float) -> RunStatus:
     before: dict[str, str] = {}
     for status in _statuses(run, seconds):
         now = _lines(status)
@@ -47,7 +47,7 @@ def _follow_in_lines(run: Path, console: Console, seconds: float) -> RunStatus:
     return status
 
 
-def _statuses(run: Path, seconds: float) -> Iterator[RunStatus]:
+def _statuses(run: str | Path, seconds: float) -> Iterator[RunStatus]:
     """The run's status now and then, the last one after its driver has gone."""
     while True:
         status = run_status(run)
@@ -61,7 +61,7 @@ def _lines(status: RunStatus) -> dict[str, str]:
     """What there is to say, by what it is about."""
     stopped = status.begun.stopped if status.begun is not None else None
     why = f": {stopped.reason}" if stopped is not None and status.state != "running" else ""
-    lines = {"state": f"{status.path}: {status.state}{why}"}
+    lines = {"state": f"{status.place}: {status.state}{why}"}
     for phase in status.phases:
         if phase.done:
             failed = f", {len(phase.failed)} failed" if phase.failed else ""

@@ -9,22 +9,23 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.results.atomic import write_atomically
-from pipeline.results.store import RunStore
+from pipeline.results.remote import open_run
 from pipeline.results.timings import TIMINGS, Timing, read_timings
 
 _DRIVER = 0
 _PROCESS = 1
 
 
-def write_timeline(run: Path, output: Path) -> int:
+def write_timeline(run: str | Path, output: Path) -> int:
     """Write a run's timeline, one row for the driver and one a worker; return how many events.
 
     Raises:
         InputError: it is not a run directory, holds no timings, or the output cannot be written.
         ResultsDamagedError: the timings are damaged.
     """
-    name = str(RunStore.open(run).manifest["name"])
-    timings = read_timings(run)
+    store = open_run(run)
+    name = str(store.manifest["name"])
+    timings = read_timings(store.path)
     if not timings:
         raise InputError(f"{run} has no {TIMINGS}: an earlier version of editfleet made the run")
     try:

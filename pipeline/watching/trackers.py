@@ -16,10 +16,10 @@ from typing import Any
 from pipeline.errors import EditfleetError, InputError
 from pipeline.report.reading import flattened
 from pipeline.results.atomic import write_atomically
+from pipeline.results.place import TRACKED
 from pipeline.results.reading import read
+from pipeline.results.remote import writing_into
 
-TRACKED = "trackers.json"
-"""Tracker -> the run's id there, in the run directory."""
 _PROJECT = "editfleet"
 _ARTIFACTS = ("summary.json", "report.html")
 # MLflow refuses longer values of parameters.
@@ -45,18 +45,18 @@ class Tracked:
     artifacts: tuple[Path, ...]
 
     @classmethod
-    def of(cls, run: Path) -> "Tracked":
-        """Read a run directory.
+    def of(cls, run: str | Path) -> "Tracked":
+        """Read a run, in its directory or at its URL.
 
         Raises:
-            InputError: it is not a run directory, or not finished.
+            InputError: it is not a run, or not finished.
             ResultsDamagedError: a file of it is damaged.
         """
         found = read(run)
         summary = found.summary
         final = {f"seconds/{name}": value for name, value in summary["seconds"].items()}
         final |= {f"requests/{name}": float(n) for name, n in summary["requests"].items()}
-        files = (run / name for name in _ARTIFACTS)
+        files = (found.path / name for name in _ARTIFACTS)
         return cls(
             str(summary["name"]),
             flattened(found.manifest["spec"]),
@@ -72,7 +72,7 @@ def require_trackers(names: Sequence[str]) -> None:
         _library(name)
 
 
-def track(run: Path, names: Sequence[str]) -> None:
+def track(run: str | Path, names: Sequence[str]) -> None:
     """Log a finished run to these trackers.
 
     Raises:
@@ -81,7 +81,7 @@ def track(run: Path, names: Sequence[str]) -> None:
     """
     if not names:
         return
-    tracked, known = Tracked.of(run), _known(run)
+    tracked, known = Tracked.of(run), _known(read(run).path)
     for name in names:
         library = _library(name)
         try:
@@ -93,7 +93,8 @@ def track(run: Path, names: Sequence[str]) -> None:
                 f"{run} is finished, but {name} did not take it: {reason}; `editfleet track {run}`"
                 " tries again"
             ) from error
-        write_atomically(run / TRACKED, json.dumps(known).encode() + b"\n")
+        with writing_into(run) as directory:
+            write_atomically(directory / TRACKED, json.dumps(known).encode() + b"\n")
 
 
 def _metrics(summary: Mapping[str, Any]) -> dict[int, dict[str, float]]:

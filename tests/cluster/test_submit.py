@@ -99,7 +99,7 @@ def test_what_is_too_large_is_named_before_anything_is_sent(tmp_path: Path) -> N
     [
         ("spec.yaml", [], r"^output\.path: runs/x would lie in the job's copy"),
         ("spec.yaml", ["output.path=~/runs"], r"^output\.path: ~/runs would lie in"),
-        ("spec.yaml", ["output.path=s3://b/x"], r"output\.path: is an address; give a directory"),
+        ("spec.yaml", ["output.path=ftp://b/x"], r"output\.path: ftp:// is not known; give a dir"),
         ("spec.yaml", ["output.path=/x", "covariance.path=c"], r"^covariance\.path: c would lie"),
         ("spec.yaml", ["output.path=/x", "requests.path=data/r.json"], r"^requests\.path: data/r"),
         ("spec.yaml", ["output.path=/x", "model.path=../m"], r"^model\.path: \.\./m is not upl"),
