@@ -157,7 +157,11 @@ def test_what_needs_values_says_that_there_are_none(tiny: TinyJobs, tmp_path: Pa
     ("method", "least_kept"),
     [
         ({"name": "ft", "layers": [2], "ft": {"learning_rate": 2e-3}}, 0.0),
-        ({"name": "ft", "layers": [0], "ft": {"epochs": 40, "norm_constraint": 8e-3}}, 0.3),
+        pytest.param(
+            {"name": "ft", "layers": [0], "ft": {"epochs": 40, "norm_constraint": 8e-3}},
+            0.3,
+            marks=pytest.mark.slow,
+        ),
         ({"name": "ultraedit", "layers": [2, 3], "ultraedit": {"learning_rate": 5e-4}}, 0.1),
     ],
     ids=["FT", "FT-L", "UltraEdit"],
