@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from pipeline.errors import InputError, ResultsDamagedError
 from pipeline.results.atomic import write_atomically
-from pipeline.results.listing import Part, parse_lines
+from pipeline.results.listing import Part, parse_lines, read_lines
 from pipeline.results.objects import Objects
 from pipeline.results.place import COPY, LISTING, MANIFEST, OWNER, PLAN, is_run
 from pipeline.results.seconds import ROUNDS
@@ -97,7 +97,9 @@ def bring_copy(objects: Objects, copy: Path, note: CopyNote) -> Published:
     if not is_same and not _is_ahead(copy, manifest, listing):
         _replace(objects, copy, manifest, listing, sizes)
         is_same = True
-    bring_parts(objects, copy, parts.values())
+    # A copy that is ahead may have written one of these parts again: its own is the one to send.
+    mine = read_lines(copy / LISTING)
+    bring_parts(objects, copy, [part for name, part in parts.items() if mine.get(name) == part])
     files = {name: copy / name for name in sizes} if is_same else {}
     return Published(
         len(listing),

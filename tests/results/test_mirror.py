@@ -218,6 +218,19 @@ def test_what_was_finished_without_a_connection_is_sent_later(
     assert list(_contents(store.url).values()) == ["a", "b", "c"]
 
 
+def test_a_part_that_was_written_again_without_a_connection_is_sent_later(
+    store: Store, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    run = _run_once(store, copy, "a", "b")
+    _write(run, 1, "changed")
+    with driving(copy, store.url) as kept:
+        assert kept is not None
+        kept.follow(RunStore.open(copy, store.url))
+    assert list(_contents(store.url).values()) == ["a", "changed"]
+    assert run.read_parts("edits")["case_id"].to_pylist() == ["a", "changed"]
+
+
 def test_an_error_in_the_background_ends_the_job(store: Store, tmp_path: Path) -> None:
     def write(count: int) -> None:
         store.breaks_after = None
