@@ -5,6 +5,7 @@ type and the final norm are the architecture's own. Blocks outside the wanted ra
 through untouched while the context is open, which costs nothing but the call.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,6 +37,9 @@ class EditableModel:
         self.config = model.config.get_text_config()
         self.unembedding: nn.Module = model.get_output_embeddings()
         self._tuple_outputs = self._blocks_return_tuples()
+        # transformers 5.24 has renamed it, and takes the old name with a warning until 5.40.
+        known = inspect.signature(self.base.forward).parameters
+        self._cache_argument = "cache" if "cache" in known else "past_key_values"
 
     @property
     def num_blocks(self) -> int:
@@ -182,8 +186,8 @@ class EditableModel:
             input_ids=ids,
             attention_mask=masks,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_argument: cache},
         )
         return output.last_hidden_state
 
