@@ -155,6 +155,12 @@ def summarise(metrics: pa.Table) -> dict[str, Any]:
     return {"rounds": [_summarise_round(means, int(number)) for number in rounds]}
 
 
+def exact_of(entry: dict[str, Any], kind: str) -> dict[str, float] | None:
+    """The `exact` score of a kind of probe in an entry of `summarise`; None where none has one."""
+    probe = entry["probes"].get(kind)
+    return None if probe is None else probe.get("exact")
+
+
 _SHARES = ("success", "exact", "generated_match", "generated_exact", "unchanged")
 _COLUMNS = (*_SHARES, "fluency", "probability_new", "probability_true")
 

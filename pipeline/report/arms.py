@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from pipeline.evaluation.metrics import SCORES
+from pipeline.evaluation.metrics import SCORES, exact_of
 from pipeline.report.findings import Findings
 from pipeline.report.style import Curve
 
@@ -111,10 +111,14 @@ def _merged(entries: Sequence[Entry | None]) -> Entry | None:
     if len(known) == 1:
         return known[0]
     found: Entry = {name: known[0].get(name) for name in ("round", "edits")}
-    for name in (*SCORES, "S"):
-        scores = [entry[name]["score"] for entry in known if entry[name] is not None]
-        is_whole = len(scores) == len(known)
-        found[name] = (
-            {"score": fmean(scores), "low": min(scores), "high": max(scores)} if is_whole else None
-        )
-    return found
+    found |= {name: _mean([entry[name] for entry in known]) for name in (*SCORES, "S")}
+    exact = {kind: _mean([exact_of(entry, kind) for entry in known]) for kind in SCORES.values()}
+    return found | {"probes": {kind: {"exact": score} for kind, score in exact.items()}}
+
+
+def _mean(scores: Sequence[Entry | None]) -> Entry | None:
+    """The mean with the least and the greatest; None where a run has none."""
+    known = [score["score"] for score in scores if score is not None]
+    if len(known) < len(scores):
+        return None
+    return {"score": fmean(known), "low": min(known), "high": max(known)}

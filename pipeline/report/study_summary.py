@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.evaluation.metrics import SCORES
+from pipeline.evaluation.metrics import SCORES, exact_of
 from pipeline.printable import one_line
 from pipeline.report.summary import summary_tables
 
@@ -24,7 +24,8 @@ def study_tables(summary: dict[str, Any]) -> RenderableType:
         return rest
     title = Text(one_line(f"{summary['name']}: per cent, of all edits scored after a round"))
     table = Table(title=title, title_justify="left")
-    for column in ("round", "edits", *_COLUMNS, "ES, this round's", "untouched facts kept"):
+    own = ("ES, this round's", "untouched facts kept")
+    for column in ("round", "edits", *_COLUMNS, "exact", *own):
         table.add_column(column, justify="right")
     current = {entry["round"]: entry for entry in summary["current"]["rounds"]}
     untouched = {entry["round"]: entry for entry in summary["untouched"]["rounds"]}
@@ -34,6 +35,7 @@ def study_tables(summary: dict[str, Any]) -> RenderableType:
             "unedited" if number < 0 else str(number),
             str(entry["edits"]),
             *(_cell(entry, name) for name in _COLUMNS),
+            _exact(entry),
             _cell(current.get(number), "ES"),
             _cell(untouched.get(number), "NS"),
         )
@@ -49,7 +51,7 @@ def comparison_table(summaries: dict[str, dict[str, Any]]) -> RenderableType:
     title = "per cent, of all edits scored after the last evaluated round"
     table = Table(title=Text(title), title_justify="left")
     table.add_column("study", no_wrap=True)
-    for column in ("round", "edits", *_COLUMNS, "untouched kept", "seconds"):
+    for column in ("round", "edits", *_COLUMNS, "exact", "untouched kept", "seconds"):
         table.add_column(column, justify="right")
     for label, summary in summaries.items():
         last = next(reversed(summary["evaluation"]["rounds"]), None)
@@ -59,6 +61,7 @@ def comparison_table(summaries: dict[str, dict[str, Any]]) -> RenderableType:
             "" if last is None else str(last["round"]),
             "" if last is None else str(last["edits"]),
             *(_cell(last, name) for name in _COLUMNS),
+            _exact(last),
             _cell(untouched, "NS"),
             f"{sum(summary['seconds'].values()):.0f}",
         )
@@ -66,5 +69,13 @@ def comparison_table(summaries: dict[str, dict[str, Any]]) -> RenderableType:
 
 
 def _cell(entry: dict[str, Any] | None, name: str) -> str:
-    score = None if entry is None else entry[name]
+    return _text(None if entry is None else entry[name])
+
+
+def _exact(entry: dict[str, Any] | None) -> str:
+    """How many rewrites the model says: of a ruined one S is about 50, and this is 0."""
+    return _text(None if entry is None else exact_of(entry, "rewrite"))
+
+
+def _text(score: dict[str, Any] | None) -> str:
     return "" if score is None else f"{score['score']:.1f}"

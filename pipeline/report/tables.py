@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation.metrics import SCORES
+from pipeline.evaluation.metrics import SCORES, exact_of
 from pipeline.report.figures_scores import SCORE_NAMES
 from pipeline.report.figures_search import search_measures
 from pipeline.report.figures_time import growth, phases_of
@@ -41,12 +41,12 @@ def scores(labelled: Labelled) -> Table | None:
         for entry in entries:
             model = "unedited" if entry["round"] < 0 else _edited(findings, entry["round"])
             for name, title in SCORE_NAMES.items():
-                exact = _exact(entry, SCORES[name]) if name in SCORES else None
+                exact = exact_of(entry, SCORES[name]) if name in SCORES else None
                 rows.append((label, model, title, score_text(entry[name]), score_text(exact)))
             for kind in entry["probes"]:
                 if kind not in SCORES.values():
                     success = score_text(entry["probes"][kind].get("success"))
-                    rows.append((label, model, kind, success, score_text(_exact(entry, kind))))
+                    rows.append((label, model, kind, success, score_text(exact_of(entry, kind))))
     if not rows:
         return None
     head = ("run", "model", "probe", "success", "exact")
@@ -240,11 +240,6 @@ def score_text(score: _Score | None) -> str:
 
 def _edited(findings: Findings, round: int) -> str:
     return "edited" if findings.rounds == 1 else f"after round {round}"
-
-
-def _exact(entry: dict[str, Any], kind: str) -> _Score | None:
-    probe = entry["probes"].get(kind)
-    return None if probe is None else probe.get("exact")
 
 
 def _nats(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+from pipeline.evaluation.metrics import exact_of
 from pipeline.report.arms import Arm, Entry, Labelled, method_name
 from pipeline.report.figures_model import last_update_norm, median_update
 from pipeline.report.figures_scores import SCORE_NAMES
@@ -23,6 +24,7 @@ def comparison(arms: Sequence[Arm]) -> Table | None:
                 " / ".join(dict.fromkeys(map(method_name, arm.runs))),
                 "" if last is None else str(last["round"]),
                 *("" if last is None else score_text(last[name]) for name in SCORE_NAMES),
+                "" if last is None else score_text(exact_of(last, "rewrite")),
                 score_text(None if untouched is None else untouched["NS"]),
                 _spread([sum(run.summary["seconds"].values()) for run in arm.runs], ".0f"),
                 _spread([median_update(run) for run in arm.runs], ".3g"),
@@ -35,6 +37,7 @@ def comparison(arms: Sequence[Arm]) -> Table | None:
         "method",
         "after round",
         *SCORE_NAMES.values(),
+        "rewrite, exact",
         "untouched facts kept",
         "seconds",
         "median ‖ΔW‖ of a round, all layers",
