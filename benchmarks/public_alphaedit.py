@@ -188,7 +188,7 @@ class _Study:
         """Apply the updates of a round to the study's model."""
         for path in self.run.updates(round):
             layer, update, _ = read_update(path)
-            self._weights.apply(layer, update.matrix())
+            self._weights.apply(layer, update)
 
     def change(self, layer: int) -> Tensor:
         """W - W0 so far, (D, F) float64."""

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.adapter_files import load_adapter
     from pipeline.applying import apply_updates
     from pipeline.cluster.comparison import run_comparison
     from pipeline.cluster.run import RunResult, run_batch_edit, run_covariance, run_sequential
@@ -22,6 +23,7 @@ _PLACES = {
     "UneditResult": "pipeline.unediting",
     "apply_updates": "pipeline.applying",
     "export_model": "pipeline.exporting",
+    "load_adapter": "pipeline.adapter_files",
     "load_spec": "pipeline.spec",
     "run_batch_edit": "pipeline.cluster.run",
     "run_comparison": "pipeline.cluster.comparison",
@@ -39,6 +41,7 @@ __all__ = [
     "UneditResult",
     "apply_updates",
     "export_model",
+    "load_adapter",
     "load_spec",
     "run_batch_edit",
     "run_comparison",

@@ -1,4 +1,4 @@
-"""Put a run's updates into a model in memory, and take them out again to the bit."""
+"""Put a run's updates and adapters into a model in memory, and take them out to the bit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from pipeline.editing.update import EditedWeights, Update
+from pipeline.editing.adapters import Adapter
+from pipeline.editing.update import Change, EditedWeights
 from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.models.editable import EditableModel
 from pipeline.models.loading import fingerprint
@@ -17,7 +18,7 @@ from pipeline.spec import parse_spec
 
 @dataclass(frozen=True)
 class AppliedUpdates:
-    """Updates that are in a model; `revert` takes them out."""
+    """Updates and adapters that are in a model; `revert` takes them out."""
 
     model: PreTrainedModel
     weights: EditedWeights
@@ -30,10 +31,11 @@ class AppliedUpdates:
 def apply_updates(
     model: PreTrainedModel, run: str | Path, *, round: int | None = None
 ) -> AppliedUpdates:
-    """Apply a run's updates to a plain transformers model, in place.
+    """Apply a run's updates and adapters to a plain transformers model, in place.
 
     The model may be in another dtype than the run computed in; each edited weight is W0 plus the
-    sum of its updates, formed in float32 and rounded once.
+    sum of its updates, formed in float32 and rounded once. An adapter is put beside its block by
+    hooks, and the weights stay as they are.
 
     Args:
         model: the unedited model that the run edited.
@@ -61,7 +63,7 @@ def apply_updates(
     check_shapes(editable, updates, run)
     weights = EditedWeights(editable, tuple(sorted({layer for layer, _ in updates})))
     for layer, update in updates:
-        weights.apply(layer, update.matrix(editable.device))
+        weights.apply(layer, update)
     return AppliedUpdates(model, weights)
 
 
@@ -92,9 +94,9 @@ def last_round(run: Run) -> int:
 
 
 def check_shapes(
-    model: EditableModel, updates: Sequence[tuple[int, Update]], run: str | Path
+    model: EditableModel, updates: Sequence[tuple[int, Change]], run: str | Path
 ) -> None:
-    """Check that updates, each with its layer, fit a model.
+    """Check that updates and adapters, each with its layer, fit a model.
 
     Raises:
         FingerprintMismatchError: one does not.
@@ -105,6 +107,10 @@ def check_shapes(
             raise FingerprintMismatchError(
                 f"{run}: has an update of layer {layer}, the model has {num_blocks} blocks"
             )
+        if isinstance(update, Adapter):
+            if misfit := update.misfit(model, layer):
+                raise FingerprintMismatchError(f"{run}: the adapter of layer {layer}: {misfit}")
+            continue
         has, wants = tuple(update.matrix().shape), tuple(model.oriented_weight(layer).shape)
         if has != wants:
             raise FingerprintMismatchError(

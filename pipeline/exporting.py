@@ -1,14 +1,15 @@
-"""Write a run's edited model with save_pretrained, from the updates on disk."""
+"""Write a run's edited model with save_pretrained, from the updates and adapters on disk."""
 
 from pathlib import Path
 
 import pyarrow.compute as pc
 import torch
 
+from pipeline.adapter_files import save_edited
 from pipeline.applying import apply_updates, require_round
 from pipeline.errors import InputError
 from pipeline.model_card import write_model_card
-from pipeline.models.loading import load_model, load_tokenizer, save_model
+from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.results import Run, read
 from pipeline.results.atomic import whole_directory
 from pipeline.results.recorded import RecordedSummary, check_recorded
@@ -21,23 +22,26 @@ def export_model(
     directory: str | Path,
     *,
     round: int | None = None,
+    merge: bool = False,
     allow_pickle: bool = False,
 ) -> None:
     """Load the unedited model, apply the run's updates, and save it with tokenizer and card.
 
-    The directory is there whole or not at all.
+    Adapters are written beside it, for `pipeline.load_adapter`. The directory is there whole or not
+    at all.
 
     Args:
         run: the directory or URL of a finished run, or with `round` also a study under way.
         directory: where to write; must not exist.
         round: write the model as it was after this round of a study, counted from 0; null: after
             all.
+        merge: write adapters into the model's own weights, where its architecture allows that.
         allow_pickle: load the unedited weights from .bin files where there are no safetensors; what
             the run's own spec says of it does not count, since a run may come from anyone.
 
     Raises:
-        InputError: the run, or the round, is not finished, or the directory exists or cannot be
-            written.
+        InputError: the run, or the round, is not finished, adapters cannot be merged, or the
+            directory exists or cannot be written.
         FingerprintMismatchError: the model at the run's path is not the one that was edited.
     """
     opened, target = read(run), Path(directory)
@@ -49,9 +53,11 @@ def export_model(
     applied = _applied(opened, round)
     source = spec.model.model_copy(update={"allow_pickle": allow_pickle})
     model = load_model(source, torch.device("cpu"))
-    apply_updates(model, run, round=round)
+    weights = apply_updates(model, run, round=round).weights
+    if merge:
+        weights.merge()
     with writing(str(target)), whole_directory(target) as temporary:
-        save_model(model, load_tokenizer(source), temporary)
+        save_edited(weights, load_tokenizer(source), temporary)
         write_model_card(temporary, spec, recorded, applied)
 
 

@@ -168,7 +168,7 @@ def _apply_all(removal: Removal, weights: EditedWeights) -> dict[int, tuple[floa
         for layer in removal.layers:
             update = read_update(paths[layer])[1]
             check_shapes(weights.model, [(layer, update)], removal.store.place)
-            weights.apply(layer, update.matrix(weights.model.device))
+            weights.apply(layer, update)
     return {layer: weights.norms(layer) for layer in removal.layers}
 
 

@@ -62,12 +62,18 @@ def export(
     run: RunPlace,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the model.")],
     round: Round = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write adapters into the model's own weights.")
+    ] = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Write a run's edited model with save_pretrained, from its stored updates."""
+    """Write a run's edited model with save_pretrained, from its stored updates.
+
+    Adapters are written beside it, for pipeline.load_adapter, unless they are merged.
+    """
     from pipeline.exporting import export_model
 
-    export_model(run, directory, round=round, allow_pickle=allow_pickle)
+    export_model(run, directory, round=round, merge=merge, allow_pickle=allow_pickle)
     typer.echo(one_line(f"edited model in {directory}"))
 
 

@@ -19,7 +19,7 @@ from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.cluster.tree import groups_of, sum_in_tree
 from pipeline.cluster.worker import WorkerDescription
-from pipeline.editing.update import Update, output_change
+from pipeline.editing.update import Change, Update, output_change
 from pipeline.errors import DivergedError, JobFailedError
 from pipeline.methods import first_of_each_value, wraps_updates
 from pipeline.results.keys import StoredKeys, read_keys, write_keys
@@ -131,7 +131,7 @@ class Insertion:
         if self.past is not None:
             self.past.add(layer, read_keys(self.store.layers("keys", round)[layer]).keys_NF)
 
-    def _apply(self, layer: int, update: Update, round: int) -> None:
+    def _apply(self, layer: int, update: Change, round: int) -> None:
         path = self.store.layers("update", round)[layer]
         self.scheduler.apply(layer, update, reload=lambda: read_update(path)[1])
 

@@ -151,13 +151,13 @@ class Remainder:
         for round in range(len(removal.edits)):
             paths = removal.store.layers("update", round)
             for layer in removal.layers:
-                stored, is_solved = read_update(paths[layer])[1], round in removal.solved
+                stored, is_solved = _read(paths[layer]), round in removal.solved
                 if is_solved or self._past is not None:
                     keys = self._keys(round, layer)
                 if is_solved:
                     self._apply_solved(round, layer, keys, stored)
                 else:
-                    self.weights.apply(layer, stored.matrix(self.weights.model.device))
+                    self.weights.apply(layer, stored)
                 if self._past is not None:
                     self._past.add(layer, keys.keys_NF)
                 yield round, layer
@@ -168,7 +168,7 @@ class Remainder:
         if keys.case_ids:
             update = self._solve(round, layer, keys)
             change += update.matrix().double()
-            self.weights.apply(layer, update.matrix(self.weights.model.device))
+            self.weights.apply(layer, update)
         earlier = self.changes.get(layer)
         self.changes[layer] = change if earlier is None else earlier + change
 
@@ -286,3 +286,15 @@ def _why(store: RunStore, case_ids: Sequence[str]) -> str:
     ]
     hidden = len(case_ids) - len(reasons)
     return "; ".join(reasons) + (f"; and {hidden} more" if hidden else "")
+
+
+def _read(path: Path) -> Update:
+    """Read an update of a method that solves for it.
+
+    Raises:
+        ResultsDamagedError: the file holds something else.
+    """
+    update = read_update(path)[1]
+    if not isinstance(update, Update):
+        raise ResultsDamagedError(f"{path} holds an adapter, expected an update of a weight")
+    return update

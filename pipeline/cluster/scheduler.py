@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
 from pipeline.cluster.shards import Piece, PieceQueue, Shard
 from pipeline.cluster.waiting import Waiter
-from pipeline.editing.update import Update
+from pipeline.editing.update import Change
 from pipeline.errors import (
     DivergedError,
     EditfleetError,
@@ -181,13 +181,13 @@ class Scheduler:
         self._told[method] = value
         self.broadcast(method, value)
 
-    def apply(self, layer: int, update: Update, reload: Callable[[], Update] | None = None) -> None:
-        """Bring an update to every worker: one put, then one version up everywhere.
+    def apply(self, layer: int, update: Change, reload: Callable[[], Change] | None = None) -> None:
+        """Bring an update or an adapter to every worker: one put, then one version up everywhere.
 
         Args:
             layer: the edited block.
-            update: its update.
-            reload: makes the update again, to the same bits, for a worker that starts later; null
+            update: its change.
+            reload: makes the change again, to the same bits, for a worker that starts later; null
                 keeps the shared one, which a study's hundreds are too many for.
         """
         reference = self.engine.share(update)

@@ -15,11 +15,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.adapter_files import save_edited
 from pipeline.editing.covariance import GramSums, gram_sums
 from pipeline.editing.gradients import Factors, TargetGradients
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.memory import edits_that_fit, free_bytes
-from pipeline.editing.update import EditedWeights, Update
+from pipeline.editing.update import Change, EditedWeights, Update
 from pipeline.editing.values import FoundValue
 from pipeline.errors import DivergedError, InputError, WeightVersionMismatchError
 from pipeline.evaluation import general, metrics
@@ -32,7 +33,6 @@ from pipeline.models.loading import (
     fuse_activations,
     load_model,
     load_tokenizer,
-    save_model,
 )
 from pipeline.prompts import EditPrompts, generate_contexts, token_ids, tokenize_edits
 from pipeline.requests import EditRequest, quote
@@ -220,15 +220,15 @@ class EditWorker:
         wide = torch.promote_types(keys.dtype, torch.float32)
         return len(requests), (keys.to(wide).cpu(), residuals.cpu())
 
-    def apply(self, layer: int, update: Update, *, version: int) -> int:
-        """Add an update to a layer's weight if this worker is at `version`; return its new version.
+    def apply(self, layer: int, update: Change, *, version: int) -> int:
+        """Apply a layer's change if this worker is at `version`; return its new version.
 
         Asking again after it was applied changes nothing.
         """
         if self.weights.version == version + 1:
             return self.weights.version
         self._require(version)
-        self.weights.apply(layer, update.matrix(self.model.device))
+        self.weights.apply(layer, update)
         return self.weights.version
 
     def masters(self, *, version: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -340,7 +340,7 @@ class EditWorker:
     def save_model(self, directory: str, *, version: int) -> None:
         """Write model and tokenizer with save_pretrained, at the weights of `version`."""
         self._require(version)
-        save_model(self.model.model, self.tokenizer, directory)
+        save_edited(self.weights, self.tokenizer, directory)
 
     def peak_memory(self) -> dict[str, int]:
         """Peak resident memory of this process, and peak device memory, in bytes."""

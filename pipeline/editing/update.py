@@ -1,12 +1,20 @@
-"""Edited weights: W = W0 + sum of updates in float32, cast once; undoing gives W0's own bits."""
+"""Edited weights: W = W0 + sum of updates in float32, cast once; undoing gives W0's own bits.
 
-from collections.abc import Iterator, Mapping
+A block's change is an `Update` of its weight or an `Adapter` beside it; both are applied, counted,
+laid down and reverted by `EditedWeights`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
+from pipeline.editing.adapters import Adapter
+from pipeline.errors import InputError
 from pipeline.models.editable import EditableModel
 
 _SIGN_VECTORS = 64
@@ -74,60 +82,75 @@ def output_change(update: Update, covariance_FF: Tensor) -> float:
     return float(((moved @ covariance_FF) * moved).sum().div(_SIGN_VECTORS).clamp(min=0).sqrt())
 
 
+Change = Update | Adapter
+"""What a round does to a block."""
+_Place = tuple[int, str]
+"""A block, and the kind of an adapter."""
+
+
 class EditedWeights:
-    """Pristine copies of the weights that are edited, and what has been added to them.
+    """Pristine copies of the weights that are edited, what has been added to them, and adapters.
 
     Args:
         model: the model, unedited.
-        layers: blocks whose down-projection will be edited.
+        layers: blocks that will be edited.
     """
 
     def __init__(self, model: EditableModel, layers: tuple[int, ...]) -> None:
         self.model = model
         self.layers = layers
         self.version = 0
-        self._pristine = {layer: model.oriented_weight(layer).clone() for layer in layers}
+        self._pristine: dict[int, Tensor] = {}
         self._total: dict[int, Tensor] = {}
+        self._adapters: dict[_Place, Adapter] = {}
+        self._detach: dict[_Place, Callable[[], None]] = {}
+
+    @property
+    def adapters(self) -> list[tuple[int, Adapter]]:
+        """Layer and adapter of all that are beside the model, each with all of its increments."""
+        return [
+            (layer, adapter)
+            for (layer, _), adapter in sorted(self._adapters.items(), key=itemgetter(0))
+        ]
 
     @torch.no_grad()
-    def apply(self, layer: int, update: Tensor) -> None:
-        """Add an update (D, F), float32, to a layer's weight, and count one version up.
+    def apply(self, layer: int, change: Change | Tensor) -> None:
+        """Apply a block's change, and count one version up.
+
+        Args:
+            layer: the block.
+            change: an adapter's increment, or an update of the weight; a matrix (D, F), float32 or
+                wider, is one too.
 
         Raises:
-            ValueError: the layer was not announced, or the shape is another.
+            ValueError: the layer was not announced, or the change does not fit the model.
         """
-        if layer not in self._pristine:
-            raise ValueError(f"layer {layer} is not among the edited ones {list(self._pristine)}")
-        pristine = self._pristine[layer]
-        if update.shape != pristine.shape:
-            raise ValueError(
-                f"layer {layer}: the update is {tuple(update.shape)}, the weight"
-                f" {tuple(pristine.shape)}"
-            )
-        wide = torch.promote_types(pristine.dtype, torch.float32)
-        update = update.to(device=pristine.device, dtype=wide)
-        total = self._total.get(layer)
-        self._total[layer] = update.clone() if total is None else total + update
-        self._write(layer)
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} is not among the edited ones {list(self.layers)}")
+        if isinstance(change, Adapter):
+            self._adapters[layer, change.kind] = self._with(layer, change)
+            self._attach(layer, change.kind)
+        else:
+            matrix = change.matrix(self.model.device) if isinstance(change, Update) else change
+            self._add(layer, matrix)
         self.version += 1
 
     def masters(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's weight as it is now and as it was at first, (D, F) float64, before any cast."""
-        pristine = self._pristine[layer].double()
+        pristine = self._original(layer).to(torch.float64, copy=True)
         total = self._total.get(layer)
         return pristine if total is None else pristine + total.double(), pristine
 
-    @torch.no_grad()
     def revert(self) -> None:
         """Put the pristine bits back and go to version 0."""
-        for layer, pristine in self._pristine.items():
-            self.model.oriented_weight(layer).copy_(pristine)
+        self.lay_down()
         self._total.clear()
+        self._adapters.clear()
         self.version = 0
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
-        """Let the model have its pristine weights for a while; the edited bits come back after."""
+        """Let the model be unedited for a while; the edited bits come back after."""
         try:
             self.lay_down()
             yield
@@ -136,35 +159,100 @@ class EditedWeights:
 
     @torch.no_grad()
     def lay_down(self) -> None:
-        """Leave the model with its pristine weights, for somebody else's updates."""
+        """Leave the model unedited, for somebody else's changes."""
         for layer in self._total:
             self.model.oriented_weight(layer).copy_(self._pristine[layer])
+        for place in list(self._detach):
+            self._detach.pop(place)()
 
     @torch.no_grad()
     def take_up(self) -> None:
-        """Write the edited weights again, to the same bits, into a model that has pristine ones."""
+        """Edit a model that is unedited again, to the same bits."""
         for layer in self._total:
             self._write(layer)
+        for place in self._adapters:
+            self._attach(*place)
 
     @contextmanager
     @torch.no_grad()
-    def tried(self, changes: Mapping[int, Tensor]) -> Iterator[None]:
-        """Let the model have more changes for a while, layer -> (D, F), without a version."""
+    def tried(self, changes: Mapping[int, Adapter | Tensor]) -> Iterator[None]:
+        """Let the model have more changes for a while, layer -> change, without a version."""
+        adapters = {k: change for k, change in changes.items() if isinstance(change, Adapter)}
+        matrices = {k: change for k, change in changes.items() if isinstance(change, Tensor)}
         try:
-            for layer, change in changes.items():
-                self._write(layer, change)
+            for layer, matrix in matrices.items():
+                self._write(layer, matrix)
+            for layer, adapter in adapters.items():
+                self._attach(layer, adapter.kind, self._with(layer, adapter))
             yield
         finally:
-            for layer in changes:
+            for layer in matrices:
                 self._write(layer)
+            for layer, adapter in adapters.items():
+                self._attach(layer, adapter.kind)
+
+    def merge(self) -> None:
+        """Write the adapters into the model's own weights, for good.
+
+        Raises:
+            InputError: there is none, or the architecture does not allow it.
+        """
+        if not self._adapters:
+            raise InputError("there is no adapter to merge: the edits are in the weights already")
+        for layer, adapter in self.adapters:
+            adapter.merge(self.model, layer)
+            self._detach.pop((layer, adapter.kind))()
+        self._adapters.clear()
 
     def norms(self, layer: int) -> tuple[float, float]:
-        """Frobenius norms of a layer's weight as it is now, and of all that was added to it."""
+        """Norms of a layer's weight as it is now, and of all that was added to it or beside it."""
         total = self._total.get(layer)
         weight = self.model.oriented_weight(layer)
-        return float(weight.double().norm()), 0.0 if total is None else float(total.double().norm())
+        added = [] if total is None else [float(total.double().norm())]
+        added += [adapter.norm() for place, adapter in self._adapters.items() if place[0] == layer]
+        return float(weight.double().norm()), math.hypot(*added)
+
+    def _with(self, layer: int, increment: Adapter) -> Adapter:
+        """All of a block's increments of a kind, with one more."""
+        if misfit := increment.misfit(self.model, layer):
+            raise ValueError(f"layer {layer}: {misfit}")
+        before = self._adapters.get((layer, increment.kind))
+        return increment if before is None else type(increment).joined([before, increment])
+
+    def _attach(self, layer: int, kind: str, adapter: Adapter | None = None) -> None:
+        """Put an adapter, null the block's own, in the place of what is there."""
+        if detach := self._detach.pop((layer, kind), None):
+            detach()
+        adapter = adapter or self._adapters.get((layer, kind))
+        if adapter is not None:
+            self._detach[layer, kind] = adapter.attach(self.model, layer)
+
+    def _add(self, layer: int, update: Tensor) -> None:
+        pristine = self._original(layer)
+        if update.shape != pristine.shape:
+            raise ValueError(
+                f"layer {layer}: the update is {tuple(update.shape)}, the weight"
+                f" {tuple(pristine.shape)}"
+            )
+        wide = torch.promote_types(pristine.dtype, torch.float32)
+        update = update.to(device=pristine.device, dtype=wide)
+        total = self._total.get(layer)
+        added = update.clone() if total is None else total + update
+        self._keep(layer)
+        self._total[layer] = added
+        self._write(layer)
+
+    def _original(self, layer: int) -> Tensor:
+        """A layer's weight as it was at first, which nothing has been written over yet."""
+        return self._pristine.get(layer, self.model.oriented_weight(layer))
+
+    def _keep(self, layer: int) -> None:
+        """Copy a layer's pristine weight before it is written for the first time."""
+        if layer not in self._pristine:
+            self._pristine[layer] = self.model.oriented_weight(layer).clone()
 
     def _write(self, layer: int, more: Tensor | None = None) -> None:
+        self._keep(layer)
         pristine, total = self._pristine[layer], self._total.get(layer)
         wide = torch.promote_types(pristine.dtype, torch.float32)
         if more is not None:

@@ -4,7 +4,7 @@ One row a family, keyed by the `model_type` of its Hugging Face configuration. A
 one more row here and one more entry in the tests' table of tiny models.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +23,9 @@ class Family:
         attention: path inside a block to its self-attention.
         down_projection: path inside a block to its MLP's last linear map, whose input is the key.
         mlp: path inside a block to the module around the down-projection, None if there is none.
+        up_projection: path inside a block to the linear map that reads the MLP's input, the first
+            of them where there are several.
+        is_gated: the MLP multiplies two maps of its input.
         masks_by_layer_type: the base takes a dict of 4D masks, one a layer type, not one mask.
     """
 
@@ -31,32 +34,34 @@ class Family:
     attention: str
     down_projection: str
     mlp: str | None
+    up_projection: str
+    is_gated: bool = False
     masks_by_layer_type: bool = False
 
 
-_LLAMA = Family("model", "model.layers", "self_attn", "mlp.down_proj", "mlp")
-_QWEN = Family("model", "model.layers", "self_attn", "mlp.down_proj", "mlp", True)
+_LLAMA = Family("model", "model.layers", "self_attn", "mlp.down_proj", "mlp", "mlp.gate_proj", True)
+_QWEN = replace(_LLAMA, masks_by_layer_type=True)
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer", "transformer.h", "attn", "mlp.c_proj", "mlp"),
-    "gptj": Family("transformer", "transformer.h", "attn", "mlp.fc_out", "mlp"),
-    "gpt_neox": Family("gpt_neox", "gpt_neox.layers", "attention", "mlp.dense_4h_to_h", "mlp"),
-    "opt": Family("model", "model.decoder.layers", "self_attn", "fc2", None),
+    "gpt2": Family("transformer", "transformer.h", "attn", "mlp.c_proj", "mlp", "mlp.c_fc"),
+    "gptj": Family("transformer", "transformer.h", "attn", "mlp.fc_out", "mlp", "mlp.fc_in"),
+    "gpt_neox": Family(
+        "gpt_neox",
+        "gpt_neox.layers",
+        "attention",
+        "mlp.dense_4h_to_h",
+        "mlp",
+        "mlp.dense_h_to_4h",
+    ),
+    "opt": Family("model", "model.decoder.layers", "self_attn", "fc2", None, "fc1"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "phi3": _LLAMA,
+    "phi3": replace(_LLAMA, up_projection="mlp.gate_up_proj"),
     "qwen2": _QWEN,
     "qwen3": _QWEN,
     "gemma2": _QWEN,
     "gemma3_text": _QWEN,
-    "gemma3": Family(
-        "model.language_model",
-        "model.language_model.layers",
-        "self_attn",
-        "mlp.down_proj",
-        "mlp",
-        True,
-    ),
+    "gemma3": replace(_QWEN, base="model.language_model", blocks="model.language_model.layers"),
 }
 
 
@@ -87,6 +92,7 @@ def family_of(model: PreTrainedModel) -> Family:
         block = model.get_submodule(family.blocks)[0]  # type: ignore[index]
         model.get_submodule(family.base)
         block.get_submodule(family.attention)
+        block.get_submodule(family.up_projection)
         down_projection = block.get_submodule(family.down_projection)
     except (AttributeError, IndexError) as error:
         raise ModelNotSupportedError(

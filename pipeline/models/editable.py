@@ -75,6 +75,17 @@ class EditableModel:
             None if self.family.mlp is None else self.blocks[layer].get_submodule(self.family.mlp)
         )
 
+    @property
+    def activation(self) -> str:
+        """The feed-forward networks' activation, as transformers names it."""
+        names = ("hidden_activation", "activation_function", "hidden_act")
+        found = (getattr(self.config, name, None) for name in names)
+        return next(name for name in found if isinstance(name, str))
+
+    def up_projection(self, layer: int) -> nn.Module:
+        """The linear map that reads the MLP's input."""
+        return self.blocks[layer].get_submodule(self.family.up_projection)
+
     def down_projection(self, layer: int) -> nn.Module:
         return self.blocks[layer].get_submodule(self.family.down_projection)
 

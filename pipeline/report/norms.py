@@ -1,4 +1,4 @@
-"""How long the stored updates are: one number a round and layer."""
+"""How long the stored updates and adapters are: one number a round and layer."""
 
 import math
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UpdateNorm:
-    """One layer's update of one round.
+    """One layer's update or adapter of one round.
 
     Attributes:
         round: the round, from 0.
         layer: the edited block.
-        norm: Frobenius norm.
-        rank: edits that its factors hold; None for a dense matrix.
+        norm: Frobenius norm; of an adapter, the root of the sum of squares of all its numbers.
+        rank: edits that its factors hold; None for a dense matrix and for an adapter.
     """
 
     round: int
@@ -36,12 +36,14 @@ def update_norms(run: Run) -> list[UpdateNorm]:
     Raises:
         ResultsDamagedError: an update file is damaged.
     """
-    from pipeline.results.updates import read_update  # imports torch
+    from pipeline.editing.update import Update  # imports torch
+    from pipeline.results.updates import read_update
 
     found = []
     for path in run.updates():
         layer, update, metadata = read_update(path)
-        norm, rank = _norm(update.parts)
+        is_update = isinstance(update, Update)
+        norm, rank = _norm(update.parts) if is_update else (update.norm(), None)
         found.append(UpdateNorm(_round(path, metadata), layer, norm, rank))
     return sorted(found, key=lambda norm: (norm.round, norm.layer))
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.editing.adapters import NeuronBank
 from pipeline.editing.update import Update
 from pipeline.errors import ResultsDamagedError
 from pipeline.results import RunStore
@@ -71,6 +72,43 @@ def test_updates_are_listed_in_ascending_layers(store: RunStore) -> None:
         _write(store, Update.of(_draw(4, 4, seed=layer)), layer)
     assert [part.layer for part in store.parts("update")] == [3, 5, 7]
     assert store.parts("update")[0].name == "updates/round=00000/layer-00003.safetensors"
+
+
+def test_an_adapter_comes_back_to_the_bit(store: RunStore) -> None:
+    parts = [_draw(3, 8), _draw(3, seed=1), _draw(3, 8, seed=2)]
+    bank = NeuronBank.of(*parts, "gelu_new")
+    metadata = {"method": "t_patcher", "fingerprint": "f" * 64}
+    name = write_update(store, round=2, layer=3, weight_name=NAME, update=bank, metadata=metadata)
+    layer, found, described = read_update(store.path / name)
+    assert layer == 3 and isinstance(found, NeuronBank) and found.settings == bank.settings
+    assert found.parts.keys() == bank.parts.keys()
+    assert all(torch.equal(found.parts[name], part) for name, part in bank.parts.items())
+    assert described["adapter"] == "neurons" and described["round"] == "2"
+    assert set(load_file(store.path / name)) == {"keys", "biases", "values"}
+
+
+_NEURONS = {"keys": torch.zeros(2, 4), "biases": torch.zeros(2), "values": torch.zeros(2, 4)}
+_BANK = {"adapter": "neurons", "settings": '{"activation": "relu"}', "layer": "3", "round": "0"}
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "message"),
+    [
+        ({}, {"adapter": "spell"}, "unknown kind 'spell'"),
+        ({}, {"settings": "[]"}, "its settings are"),
+        ({}, {"settings": "{"}, "holds no adapter"),
+        ({}, {"settings": "{}"}, "unknown activation None"),
+        ({"biases": torch.zeros(3)}, {}, "do not fit each other"),
+        ({"biases": torch.tensor([0.0, torch.inf])}, {}, "holds infinities"),
+    ],
+)
+def test_files_that_are_no_adapters(
+    tmp_path: Path, change: dict[str, Tensor], metadata: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "layer-00003.safetensors"
+    save_file(_NEURONS | change, path, metadata=_BANK | metadata)
+    with pytest.raises(ResultsDamagedError, match=message):
+        read_update(path)
 
 
 _SOUND = {"weight": NAME, "layer": "3", "round": "0"}

@@ -1,0 +1,190 @@
+"""Neurons added to a block's feed-forward network: T-Patcher's patches, CaliNET's slots.
+
+FFN'(q) = FFN(q) + sum_p a_p v_p with a_p = act(q.k_p + b_p), and with a gate
+a_p = act(q.g_p) (q.k_p + b_p) (T-Patcher, arXiv 2301.09785; CaliNET, arXiv 2210.03329). q is the
+network's input, behind the norm that stands before it. That is a network with M neurons more: where
+there is a plain one with two matrices and biases, they can be merged into it.
+
+Shapes: M neurons, D hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from pipeline.editing.adapters.base import Adapter
+from pipeline.errors import InputError
+from pipeline.models.anatomy import is_transposed
+from pipeline.models.editable import EditableModel
+
+_REQUIRED = {"keys", "biases", "values"}
+
+
+@dataclass(frozen=True)
+class NeuronBank(Adapter):
+    """M neurons beside a feed-forward network.
+
+    Its parts are keys (M, D), biases (M,), values (M, D) and, where the neurons are gated, gates
+    (M, D); its settings name the `activation`, as transformers does.
+    """
+
+    kind = "neurons"
+
+    @classmethod
+    def of(
+        cls,
+        keys_MD: Tensor,
+        biases_M: Tensor,
+        values_MD: Tensor,
+        activation: str,
+        gates_MD: Tensor | None = None,
+    ) -> Self:
+        """Keep tensors as float32 on the CPU."""
+        parts = {"keys": keys_MD, "biases": biases_M, "values": values_MD}
+        parts |= {} if gates_MD is None else {"gates": gates_MD}
+        kept = {name: part.detach().float().cpu() for name, part in parts.items()}
+        return cls(kept, {"activation": activation})
+
+    @classmethod
+    def joined(cls, increments: Sequence[Self]) -> Self:
+        first = increments[0]
+        for other in increments[1:]:
+            if other.settings != first.settings or other.parts.keys() != first.parts.keys():
+                raise ValueError(
+                    f"neurons {dict(first.settings)} with {', '.join(first.parts)} and others"
+                    f" {dict(other.settings)} with {', '.join(other.parts)} make no one bank"
+                )
+        names = first.parts.keys()
+        return cls(
+            {n: torch.cat([one.parts[n] for one in increments]) for n in names}, first.settings
+        )
+
+    @property
+    def num_neurons(self) -> int:
+        """M."""
+        return len(self.parts["biases"])
+
+    def attach(self, model: EditableModel, layer: int) -> Callable[[], None]:
+        wide = torch.promote_types(model.dtype, torch.float32)
+        held = {n: part.to(device=model.device, dtype=wide) for n, part in self.parts.items()}
+        activation = ACT2FN[self.settings["activation"]]
+        entered: list[Tensor] = []
+
+        def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            entered[:] = [inputs[0]]
+
+        def leave(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            query = entered.pop()
+            added = bank_output(query.flatten(0, -2).to(wide), held, activation)
+            return output + added.reshape(output.shape).to(output.dtype)
+
+        handles = [
+            model.up_projection(layer).register_forward_pre_hook(enter),
+            model.down_projection(layer).register_forward_hook(leave),
+        ]
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
+
+    def problem(self) -> str | None:
+        names = set(self.parts)
+        if names not in (_REQUIRED, _REQUIRED | {"gates"}):
+            return f"neurons with the tensors {', '.join(sorted(names))}"
+        count = len(self.parts["biases"])
+        shape = tuple(self.parts["keys"].shape)
+        wanted = {n: (count,) if n == "biases" else (count, shape[-1]) for n in names}
+        found = {n: tuple(part.shape) for n, part in self.parts.items()}
+        if len(shape) != 2 or found != wanted:
+            return f"neurons of shapes {found}, which do not fit each other"
+        activation = self.settings.get("activation")
+        if not isinstance(activation, str) or activation not in ACT2FN:
+            return f"neurons with the unknown activation {activation!r}"
+        return None
+
+    def misfit(self, model: EditableModel, layer: int) -> str | None:
+        width = self.parts["keys"].shape[1]
+        if width == model.hidden_size:
+            return None
+        return f"its neurons are {width} wide, the model {model.hidden_size}"
+
+    @torch.no_grad()
+    def merge(self, model: EditableModel, layer: int) -> None:
+        """Concatenate the neurons to the block's two matrices.
+
+        A configuration names one inner size for all blocks, so the other blocks get as many neurons
+        that put out zero.
+
+        Raises:
+            InputError: the network is gated, has no biases, or another activation.
+        """
+        if "gates" in self.parts or model.family.is_gated:
+            raise InputError(
+                f"model type {model.config.model_type!r}: neurons of their own bias cannot be"
+                " merged into a gated feed-forward network; export them as an adapter"
+            )
+        if self.settings["activation"] != model.activation:
+            raise InputError(
+                f"the neurons' activation is {self.settings['activation']!r}, the model's"
+                f" {model.activation!r}: they cannot be merged; export them as an adapter"
+            )
+        ups = [model.up_projection(block) for block in range(model.num_blocks)]
+        if any(up.bias is None for up in ups):
+            raise InputError(
+                "the feed-forward networks have no biases, the neurons do: they cannot be merged;"
+                " export them as an adapter"
+            )
+        zeros = {name: torch.zeros_like(part) for name, part in self.parts.items()}
+        for block, up in enumerate(ups):
+            parts = self.parts if block == layer else zeros
+            _grow(up, "weight", parts["keys"], rows=True)
+            _grow(up, "bias", parts["biases"], rows=True)
+            _grow(model.down_projection(block), "weight", parts["values"].T, rows=False)
+        _set_inner_size(model, model.key_size(layer))
+
+
+def bank_output(queries_ND: Tensor, bank: Any, activation: Any) -> Tensor:
+    """What neurons add to a feed-forward network's output: (N, D).
+
+    Args:
+        queries_ND: the network's inputs.
+        bank: name -> tensor, as `NeuronBank.parts`.
+        activation: the function.
+    """
+    inner_NM = torch.addmm(bank["biases"], queries_ND, bank["keys"].T)
+    if "gates" in bank:
+        inner_NM = activation(queries_ND @ bank["gates"].T) * inner_NM
+    else:
+        inner_NM = activation(inner_NM)
+    added: Tensor = inner_NM @ bank["values"]
+    return added
+
+
+def _grow(module: nn.Module, name: str, more: Tensor, *, rows: bool) -> None:
+    """Append to a linear module's parameter, (out, in) or (out,); a Conv1D stores it transposed."""
+    parameter: Tensor = getattr(module, name)
+    turned = parameter.dim() == 2 and is_transposed(module)
+    oriented = parameter.data.T if turned else parameter.data
+    grown = torch.cat([oriented, more.to(oriented)], dim=0 if rows else 1)
+    grown = grown.T.contiguous() if turned else grown
+    setattr(module, name, nn.Parameter(grown, requires_grad=False))
+    out, inputs = grown.shape if grown.dim() == 2 else (len(grown), 0)
+    if grown.dim() == 2:
+        sizes = ("nx", "nf") if turned else ("out_features", "in_features")
+        for size, value in zip(sizes, (out, inputs), strict=True):
+            setattr(module, size, value)
+
+
+def _set_inner_size(model: EditableModel, size: int) -> None:
+    """Say in the configuration how many neurons a block has now."""
+    for name in ("n_inner", "intermediate_size", "ffn_dim"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, size)
+            return
+    raise AssertionError(f"{model.config.model_type} has a configuration without an inner size")
