@@ -35,6 +35,8 @@ _MILLION = 1_000_000
 class NoOpEngine:
     """Workers that answer at once and do nothing; the longest-waiting one answers next."""
 
+    late: frozenset[int] = frozenset()
+
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
 
@@ -64,6 +66,10 @@ class NoOpEngine:
 
     def restart(self, worker: int) -> None:
         """Nobody is lost."""
+
+    def needs(self) -> str:
+        """Nothing."""
+        return ""
 
     def reduce(self, method: str, *args: Any) -> Any:
         """Nothing."""

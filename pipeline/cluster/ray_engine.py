@@ -9,19 +9,25 @@ from typing import Any
 
 import ray
 
-from pipeline.cluster.engine import WorkerLostError
-from pipeline.cluster.ray_calls import RayCalls, fetch, first_line
+from pipeline.cluster.ray_calls import RayCalls, first_line
 from pipeline.cluster.reducer import Reducer
+from pipeline.cluster.roster import Roster
+from pipeline.cluster.waiting import Waiter
 from pipeline.cluster.worker import EditWorker
-from pipeline.errors import InputError, JobFailedError
+from pipeline.errors import InputError
 from pipeline.spec import ClusterSpec, JobSpec
 
 log = logging.getLogger(__name__)
 
+# A job begins without the workers that have not come this long after the last one that has.
 _START_SECONDS = 30.0
 _KNOCK_SECONDS = 10.0
 # Ray's own share of this machine's memory; updates and shards are megabytes, not gigabytes.
 _LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
+
+
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
+"""What an actor asks for, and what a node calls it."""
 
 
 class RayEngine(RayCalls):
@@ -36,6 +42,8 @@ class RayEngine(RayCalls):
         JobFailedError: workers cannot start for another reason.
     """
 
+    late: frozenset[int] = frozenset()
+
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self._owns_cluster = not ray.is_initialized()
@@ -48,7 +56,7 @@ class RayEngine(RayCalls):
             self.num_workers = _num_workers(spec.cluster, self._actor_options["num_gpus"])
             self._workers = [self._new_worker() for _ in range(self.num_workers)]
             self._reducer = self._new_reducer()
-            self._await_start()
+            self.late = self._await_start()
         except BaseException:
             self.close()
             raise
@@ -57,6 +65,12 @@ class RayEngine(RayCalls):
         """Kill what is left of a worker and start a new one in its place."""
         ray.kill(self._workers[worker])
         self._workers[worker] = self._new_worker()
+
+    def needs(self) -> str:
+        """Resources of a worker, and those that no actor holds."""
+        asked = {k: v for k, v in self._actor_options.items() if k in _RESOURCES}
+        free = {k: v for k, v in ray.available_resources().items() if k in _RESOURCES.values()}
+        return f"each asks for {asked}, free are {free}"
 
     def close(self) -> None:
         """End all actors, and the cluster if this engine started it."""
@@ -67,6 +81,20 @@ class RayEngine(RayCalls):
         if self._owns_cluster:
             ray.shutdown()
 
+    def _await_start(self) -> frozenset[int]:
+        """Wait for workers, however long an autoscaler takes; return those that are late."""
+        cluster = self.spec.cluster
+        waiter = Waiter(self, cluster.stall_seconds, None)
+        roster = Roster(self, waiter, cluster.max_retries, range(self.num_workers))
+        roster.gather(_START_SECONDS)
+        if late := roster.absent:
+            log.warning(
+                "beginning with %d of %d workers; the others join when they have started",
+                len(roster.present),
+                self.num_workers,
+            )
+        return late
+
     def _new_worker(self) -> Any:
         actor = ray.remote(EditWorker).options(
             max_restarts=0, max_task_retries=0, **self._actor_options
@@ -75,36 +103,6 @@ class RayEngine(RayCalls):
 
     def _new_reducer(self) -> Any:
         return new_reducer(self.spec)
-
-    def _await_start(self) -> None:
-        """Wait for all workers, however long an autoscaler takes, and say what is missing."""
-        waiting = {worker.describe.remote(): i for i, worker in enumerate(self._workers)}
-        seconds, lost = 0.0, 0
-        while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=_START_SECONDS)
-            for handle in done:
-                worker = waiting.pop(handle)
-                try:
-                    fetch(handle)
-                except WorkerLostError as error:
-                    lost += 1
-                    if lost > self.spec.cluster.max_retries:
-                        raise JobFailedError(f"a worker did not start: {error}") from error
-                    log.warning(
-                        "worker %d was lost at its start (%s); starting it again", worker, error
-                    )
-                    self.restart(worker)
-                    waiting[self._workers[worker].describe.remote()] = worker
-            if not done:
-                seconds += _START_SECONDS
-                log.warning(
-                    "waiting for %d of %d workers since %.0f s; each asks for %s, free are %s",
-                    len(waiting),
-                    self.num_workers,
-                    seconds,
-                    {k: v for k, v in self._actor_options.items() if k.startswith("num_")},
-                    {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")},
-                )
 
 
 def new_reducer(spec: JobSpec) -> Any:
