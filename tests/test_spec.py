@@ -263,6 +263,7 @@ def _digest(*overrides: str) -> str:
         "cluster.engine=in_process",
         "cluster.address=auto",
         "cluster.gpus_per_worker=0",
+        "cluster.memory_per_worker_gb=4",
         "cluster.hidden_states_gb=2",
         "cluster.max_retries=1",
         "cluster.stall_seconds=1",

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -26,8 +27,9 @@ _KNOCK_SECONDS = 10.0
 _LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
 
 
-_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
 """What an actor asks for, and what a node calls it."""
+_GIGABYTE = 10**9
 
 
 class RayEngine(RayCalls):
@@ -53,7 +55,7 @@ class RayEngine(RayCalls):
         try:
             _require_size(spec.cluster)
             self._actor_options = _actor_options(spec.cluster)
-            self.num_workers = _num_workers(spec.cluster, self._actor_options["num_gpus"])
+            self.num_workers = _num_workers(spec.cluster, self._actor_options)
             self._workers = [self._new_worker() for _ in range(self.num_workers)]
             self._reducer = self._new_reducer()
             self.late = self._await_start()
@@ -68,8 +70,13 @@ class RayEngine(RayCalls):
 
     def needs(self) -> str:
         """Resources of a worker, and those that no actor holds."""
-        asked = {k: v for k, v in self._actor_options.items() if k in _RESOURCES}
-        free = {k: v for k, v in ray.available_resources().items() if k in _RESOURCES.values()}
+        available = ray.available_resources()
+        asked = {k: _readable(k, v) for k, v in self._actor_options.items() if k in _RESOURCES}
+        free = {
+            name: _readable(option, available[name])
+            for option, name in _RESOURCES.items()
+            if option in self._actor_options and name in available
+        }
         return f"each asks for {asked}, free are {free}"
 
     def close(self) -> None:
@@ -184,13 +191,29 @@ def _actor_options(cluster: ClusterSpec) -> dict[str, Any]:
     gpus = cluster.gpus_per_worker
     if gpus == "auto":
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}
+    options: dict[str, Any] = {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}
+    if cluster.memory_per_worker_gb is not None:
+        options["memory"] = int(cluster.memory_per_worker_gb * _GIGABYTE)
+    return options
 
 
-def _num_workers(cluster: ClusterSpec, gpus: float) -> int:
+def _readable(option: str, amount: float) -> float | str:
+    return f"{amount / _GIGABYTE:.1f} GB" if option == "memory" else amount
+
+
+def _num_workers(cluster: ClusterSpec, options: Mapping[str, Any]) -> int:
+    """Workers to start: as many as the spec says, or, for `auto`, as the nodes have room for."""
     if cluster.workers != "auto":
         return cluster.workers
-    resources = ray.cluster_resources()
-    by_cpu = int(resources.get("CPU", 1) // cluster.cpus_per_worker)
-    by_gpu = int(resources.get("GPU", 0) // gpus) if gpus else by_cpu
-    return max(1, min(by_cpu, by_gpu))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(_room(node, options) for node in nodes))
+
+
+def _room(node: Mapping[str, float], options: Mapping[str, Any]) -> int:
+    """How many actors a node of these resources takes. Ray counts in ten-thousandths."""
+    asked = {name: options.get(option) for option, name in _RESOURCES.items()}
+    return min(
+        round(node.get(name, 0.0) * 10_000) // round(amount * 10_000)
+        for name, amount in asked.items()
+        if amount
+    )

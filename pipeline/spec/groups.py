@@ -85,6 +85,10 @@ class ClusterSpec(Part):
     """Processors, and so compute threads, a worker has."""
     gpus_per_worker: Annotated[Finite, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs a worker has; `auto` is 1 where the cluster has GPUs, else 0."""
+    memory_per_worker_gb: Annotated[Finite, Field(gt=0)] | None = None
+    """Gigabytes of a node's memory that Ray sets aside for a worker, which it then places only
+    where so much is left; `editfleet plan` says what a worker needs. Null sets nothing aside: a
+    node takes as many workers as it has processors (or GPUs) for."""
     reducer_threads: Threads = 2
     """Compute threads of the reducer. Part of the result's last bits, so it is not guessed."""
     shard_size: Positive | Literal["auto"] = "auto"
