@@ -172,9 +172,12 @@ def probe_shards(shards: Sequence[Shard], kinds: Sequence[str]) -> list[Shard]:
 
 def cut_probes(probes: Sequence[Probe]) -> list[Shard]:
     """Cut probes into shards, equal prompts side by side."""
-    probes = sorted(probes, key=lambda probe: probe.prompt)
-    size = min(max(-(-len(probes) // MOST_SHARDS), _SMALLEST_PROBE_SHARD), _LARGEST_PROBE_SHARD)
-    return cut_shards(probes, size)
+    return cut_shards(sorted(probes, key=lambda probe: probe.prompt), probe_shard_size(len(probes)))
+
+
+def probe_shard_size(count: int) -> int:
+    """Probes a shard, of so many."""
+    return min(max(-(-count // MOST_SHARDS), _SMALLEST_PROBE_SHARD), _LARGEST_PROBE_SHARD)
 
 
 def _by_length(

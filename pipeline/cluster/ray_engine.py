@@ -77,7 +77,12 @@ class RayEngine(RayCalls):
             for option, name in _RESOURCES.items()
             if option in self._actor_options and name in available
         }
-        return f"each asks for {asked}, free are {free}"
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        large = sum(_room(node, self._actor_options) > 0 for node in nodes)
+        return (
+            f"each asks for {asked}, free are {free};"
+            f" {large} of {len(nodes)} nodes are large enough for one"
+        )
 
     def close(self) -> None:
         """End all actors, and the cluster if this engine started it."""

@@ -190,7 +190,7 @@ def test_sums_of_very_many_edits_travel_in_a_tree(
 
     monkeypatch.setattr(RayEngine, "combine", watched)
     monkeypatch.setattr(tree, "edits_for_sums", lambda _key_size: 16)
-    monkeypatch.setattr(tree, "_FAN_IN", 2)
+    monkeypatch.setattr(tree, "FAN_IN", 2)
     here = read(run_batch_edit(tiny.spec(tmp_path / "a", *CHANGES, requests=REQUESTS)).path)
     on_ray = read(run_batch_edit(_on_ray(tiny, tmp_path / "b")).path)
     # Seven shards of ten requests and one of two: two pairs, and all that is left.
