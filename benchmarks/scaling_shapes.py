@@ -64,7 +64,7 @@ class Rates:
 
     Attributes:
         worker: of a worker in matrix products.
-        reducer: of the reducer in products of float64, which its threads do on processors.
+        reducer: of the reducer in products of float64, with all its threads.
         shares: phase -> share of its rate.
     """
 
@@ -128,7 +128,7 @@ def shape_costs(
         layers.append(
             LayerCosts(
                 keys=seconds(of_key, counts, "keys"),
-                apply=2.0 * min(edits, f) * f * d / (rates.worker * rates.shares["merge"]),
+                apply=2.0 * min(edits, f) * f * d / (rates.worker * rates.shares["merge"] / 2),
                 update=update_bytes(edits, f, d),
                 **_merging(edits, f, d, [sum(counts[i] for i in group) for group in groups],
                            len(groups) < len(shards), rates),
@@ -235,7 +235,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--teraflops", type=float, default=400.0, help="TFLOP/s of a worker")
     made.add_argument("--measured", type=Path, help="results of benchmarks.gpu; else --teraflops")
     made.add_argument(
-        "--reducer-gflops", type=float, default=90.0, help="GFLOP/s of the reducer, all threads"
+        "--reducer-gflops",
+        type=float,
+        default=90.0,
+        help="GFLOP/s of the reducer in float64, all threads",
     )
     made.add_argument("--steps", type=float, default=25.0, help="steps of a value search")
     made.add_argument("--shard-size", default="auto", type=_size, help="requests a shard")

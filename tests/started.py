@@ -44,6 +44,7 @@ class StartedCluster:
             "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
             # Ray gives workers the lowest priority but four: on a busy machine they hardly start.
             "RAY_worker_niceness": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
         }
         self._bring_up(

@@ -119,7 +119,12 @@ class RayEngine(RayCalls):
 
 def new_reducer(spec: JobSpec) -> Any:
     """Start a reducer. It works while the workers wait, so it asks for no processor of its own."""
-    actor = ray.remote(Reducer).options(num_cpus=0, max_restarts=0, max_task_retries=0)
+    actor = ray.remote(Reducer).options(
+        num_cpus=0,
+        num_gpus=spec.cluster.reducer_gpus or 0,
+        max_restarts=0,
+        max_task_retries=0,
+    )
     return actor.remote(spec.method, spec.cluster.reducer_threads)
 
 

@@ -91,6 +91,10 @@ class ClusterSpec(Part):
     node takes as many workers as it has processors (or GPUs) for."""
     reducer_threads: Threads = 2
     """Compute threads of the reducer. Part of the result's last bits, so it is not guessed."""
+    reducer_gpus: Annotated[Finite, Field(gt=0)] | None = None
+    """GPUs, or what share of one, the reducer has on Ray; null leaves it to its threads. Part of
+    the result's last bits. Merging many edits into wide layers is float64 work that all workers
+    wait for (docs/scaling.md)."""
     shard_size: Positive | Literal["auto"] = "auto"
     """Requests a shard; `auto` makes about 64 shards of 16 to 256 requests. Part of the result's
     last bits, so it does not follow the worker count."""

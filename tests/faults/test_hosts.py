@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def long_job(tiny: TinyJobs) -> Job:
     """One whose values take long enough for something to happen meanwhile."""
-    return Job(tiny, tiny.root / "long", shards=36, value={"steps": 400, "stop_loss": 0.0})
+    return Job(tiny, tiny.root / "long", shards=36, value={"steps": 100, "stop_loss": 0.0})
 
 
 @contextmanager
