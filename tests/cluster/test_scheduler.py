@@ -19,7 +19,7 @@ from pipeline.cluster.plan import make_plan, probe_shards
 from pipeline.cluster.scheduler import Ended, Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.editing.update import Update
-from pipeline.errors import JobFailedError, WeightVersionMismatchError
+from pipeline.errors import InputError, JobFailedError, WeightVersionMismatchError
 from pipeline.results import read
 from pipeline.spec import JobSpec
 from tests.tiny_jobs import CONTEXTS, TinyJobs, digests, records
@@ -263,6 +263,73 @@ def test_a_worker_without_an_answer_is_reported_and_then_replaced(
     assert engine.restarts == 3
     assert "evaluate: no answer yet from shard 1 on worker 0 for" in caplog.text
     assert re.search(r"lost \(no answer for \d s, longer than cluster\.call_timeout", caplog.text)
+
+
+# --- workers that come late ---------------------------------------------------------------------
+
+
+class LateEngine(InProcessEngine):
+    """Two workers in this process, of which the second gives no answer before it is let in."""
+
+    def __init__(self, spec: JobSpec, trouble: Exception | None = None) -> None:
+        super().__init__(spec, num_workers=2, late=frozenset({1}))
+        self.second, self.trouble, self.is_open = self._new_worker(), trouble, False
+
+    def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
+        if ready := [call for call in calls if call.worker == 0 or self.is_open]:
+            return ready[:1]
+        time.sleep(timeout)
+        return []
+
+    def result(self, call: Call) -> Any:
+        if call.worker == 0:
+            return super().result(call)
+        if self.trouble is not None:
+            raise self.trouble
+        first, self._worker = self._worker, self.second
+        try:
+            return super().result(call)
+        finally:
+            self._worker = first
+
+
+def _evaluated(engine: LateEngine, scheduler: Scheduler, probes: list[Shard]) -> list[Ended]:
+    """Apply an update and score; the second worker comes after the first shard."""
+    scheduler.apply(0, _update(0.1))
+    heard: list[Ended] = []
+    scheduler.observers.append(heard.append)
+    settings: dict[str, Any] = {"version": 1, "round": 0}
+    for _ in scheduler.run("evaluate", probes, _asked, **settings):
+        engine.is_open = True
+    assert sorted(ended.shard or 0 for ended in heard) == [0, 1, 2, 3]
+    return heard
+
+
+def test_a_late_worker_is_brought_up_to_date_and_takes_shards(
+    spec: JobSpec, probes: list[Shard], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.roster._SAY_SECONDS", 1e-3)
+    engine = LateEngine(spec)
+    scheduler = _scheduler(engine)
+    heard = _evaluated(engine, scheduler, probes)
+    assert {ended.worker for ended in heard} == {0, 1}
+    assert engine.second.weights.version == 1 and engine.second.contexts == tuple(CONTEXTS)
+    weights = [worker.model.oriented_weight(0) for worker in (engine._worker, engine.second)]
+    assert torch.equal(*weights)
+    assert "waiting for 1 of 2 workers since 0 s; it needs this process only" in caplog.text
+    assert len(scheduler.broadcast("peak_memory")) == 2
+
+
+def test_a_late_worker_whose_node_lacks_something_is_left_out(
+    spec: JobSpec, probes: list[Shard], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = LateEngine(spec, InputError("model.path: there is none"))
+    heard = _evaluated(engine, _scheduler(engine), probes)
+    assert {ended.worker for ended in heard} == {0}
+    assert "worker 1 cannot start (model.path: there is none); going on without" in caplog.text
+    engine.is_open = True
+    with pytest.raises(InputError, match=r"model\.path: there is none"):  # nothing has begun yet
+        _scheduler(engine)._roster.gather(1.0)
 
 
 # --- blame --------------------------------------------------------------------------------------
