@@ -16,6 +16,7 @@ EVEN = "even"
 PARTS = {
     EVEN: "work, evenly spread",
     "uneven": "workers without a shard while others finish theirs",
+    "groups": "workers without keys to sum while others sum theirs",
     "driver": "workers that wait for the driver",
     "merge": "the reducer's equations, all workers waiting",
     "apply": "every worker's application of the update",
@@ -72,7 +73,9 @@ class Costs:
             return _spread(self.shards[phase], workers, driver)
         found: Counter[str] = Counter()
         for layer in self.layers:
-            found += _spread(layer.keys, workers, driver) + _spread(layer.sums, workers, 0.0)
+            found += _spread(layer.keys, workers, driver)
+            summed = _spread(layer.sums, workers, 0.0)
+            found += Counter({EVEN: summed[EVEN], "groups": summed["uneven"]})
             moved = crossing_seconds(layer.inward, layer.update, workers, bytes_per_second)
             found += Counter({"merge": layer.merge, "apply": layer.apply, "network": moved})
         return found

@@ -127,7 +127,7 @@ def test_the_model_of_scaling_adds_up_what_waits_for_what() -> None:
     assert costs.parts("values", 2, 10.0) == {"even": 4.0, "uneven": 1.0}
     alone, two = (costs.parts("insertion", workers, 10.0) for workers in (1, 2))
     assert alone == {"even": 6.0, "merge": 2.0, "apply": 0.5}
-    assert two == {"even": 3.0, "uneven": 2.0, "merge": 2.0, "apply": 0.5, "network": 2.5}
+    assert two == {"even": 3.0, "groups": 2.0, "merge": 2.0, "apply": 0.5, "network": 2.5}
     assert efficiency(alone, two, 2) == 8.5 / 20
     assert "on their way" in largest_loss(two) and largest_loss(Counter({"even": 1.0})) == "nothing"
     # The driver needs 0.8 s for four shards that two workers have done in 0.2 s.
