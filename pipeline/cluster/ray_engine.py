@@ -101,9 +101,10 @@ class RayEngine(RayCalls):
         roster.gather(_START_SECONDS)
         if late := roster.absent:
             log.warning(
-                "beginning with %d of %d workers; the others join when they have started",
+                "beginning with %d of %d workers, the others join when they have started; %s",
                 len(roster.present),
                 self.num_workers,
+                self.needs(),
             )
         return late
 

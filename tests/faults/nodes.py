@@ -44,6 +44,7 @@ class Nodes:
 
     def __init__(self, count: int = 3, memories: Sequence[int] = ()) -> None:
         self.count, self.memories = count, memories
+        self._joined: list[Any] = []
         with _workers_importing_tests():
             self._cluster = Cluster(
                 initialize_head=True,
@@ -70,7 +71,7 @@ class Nodes:
             for number in range(len(self._cluster.worker_nodes), self.count):
                 given = number < len(self.memories)
                 announced = {"memory": self.memories[number]} if given else {}
-                self._cluster.add_node(num_cpus=1, **announced)
+                self._joined.append(self._cluster.add_node(num_cpus=1, **announced))
 
     def actors(self) -> list[Actor]:
         """The job's processes, as their titles say."""
@@ -79,7 +80,7 @@ class Nodes:
 
     def raylets(self) -> list[int]:
         """The processes of the nodes but the head, in the order in which they joined."""
-        return [_raylet(node) for node in self._cluster.worker_nodes]
+        return [_raylet(node) for node in self._joined if node in self._cluster.worker_nodes]
 
     def kill_node(self, raylet: int) -> bool:
         """SIGKILL to every process of a node; false for the head, which the drivers live on."""
