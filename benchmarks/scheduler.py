@@ -30,6 +30,7 @@ GOAL_MILLISECONDS = 5.0
 GOAL_GIGABYTES = 2.0
 _PHASES = ("values", "read_keys", "read_keys again", "evaluate")
 _MILLION = 1_000_000
+_ROWS_AT_ONCE = 1000
 
 
 class NoOpEngine:
@@ -130,16 +131,24 @@ def _plan_bytes(count: int) -> tuple[int, int]:
 
 
 def _write_requests(path: Path, count: int) -> None:
-    subjects = [f"Person {i:07d}" for i in range(count)]
-    columns = {
-        "case_id": [str(i) for i in range(count)],
-        "subject": subjects,
-        "prompt": ["{} was born in the city of"] * count,
-        "target_new": [f"Town {i % 997}" for i in range(count)],
-        "target_true": [f"Village {i % 991}" for i in range(count)],
-        "paraphrase_prompts": [[f"The birthplace of {subject} is"] for subject in subjects],
-    }
-    pq.write_table(pa.table(columns), path)
+    """Some at a time: what writing leaves free in the process would not be counted when reading."""
+    with pq.ParquetWriter(path, _requests(range(1)).schema) as writer:
+        for start in range(0, count, _ROWS_AT_ONCE):
+            writer.write_table(_requests(range(start, min(start + _ROWS_AT_ONCE, count))))
+
+
+def _requests(numbers: range) -> pa.Table:
+    subjects = [f"Person {i:07d}" for i in numbers]
+    return pa.table(
+        {
+            "case_id": [str(i) for i in numbers],
+            "subject": subjects,
+            "prompt": ["{} was born in the city of"] * len(numbers),
+            "target_new": [f"Town {i % 997}" for i in numbers],
+            "target_true": [f"Village {i % 991}" for i in numbers],
+            "paraphrase_prompts": [[f"The birthplace of {subject} is"] for subject in subjects],
+        }
+    )
 
 
 def _resident_bytes() -> int:
