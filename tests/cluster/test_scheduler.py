@@ -329,7 +329,7 @@ def test_a_late_worker_whose_node_lacks_something_is_left_out(
     assert "worker 1 cannot start (model.path: there is none); going on without" in caplog.text
     engine.is_open = True
     with pytest.raises(InputError, match=r"model\.path: there is none"):  # nothing has begun yet
-        _scheduler(engine)._roster.gather(1.0)
+        Scheduler(engine, RETRIES, stall_seconds=60)._roster.gather(1.0)
 
 
 # --- blame --------------------------------------------------------------------------------------
