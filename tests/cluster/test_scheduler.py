@@ -308,7 +308,7 @@ def _evaluated(engine: LateEngine, scheduler: Scheduler, probes: list[Shard]) ->
 def test_a_late_worker_is_brought_up_to_date_and_takes_shards(
     spec: JobSpec, probes: list[Shard], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr("pipeline.cluster.roster._SAY_SECONDS", 1e-3)
+    monkeypatch.setattr("pipeline.cluster.roster._SAY_SECONDS", 0.0)
     engine = LateEngine(spec)
     scheduler = _scheduler(engine)
     heard = _evaluated(engine, scheduler, probes)
