@@ -99,7 +99,7 @@ def test_scaling(model: list[str], tiny: TinyJobs) -> None:
     for phase in ("values", "insertion"):
         assert row[f"{phase}_seconds_64"] < row[f"{phase}_seconds_2"] < row[f"{phase}_seconds_1"]
     # So few probes are one shard.
-    assert row["evaluation_seconds_64"] == row["evaluation_seconds_1"] > 0
+    assert row["evaluation_seconds_64"] == pytest.approx(row["evaluation_seconds_1"]) > 0
 
 
 def test_scaling_of_shapes(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_scaling_of_shapes(tmp_path: Path) -> None:
         assert row["values_efficiency_1"] == row["all_efficiency_1"] == 1.0
         assert row["all_seconds_8"] < row["all_seconds_1"]
     # 32 shards of 16: 64 workers and more have none for each.
-    assert few["values_seconds_32"] == few["values_seconds_512"]
+    assert few["values_seconds_32"] == pytest.approx(few["values_seconds_512"])
     assert few["values_below_goal"] == 64 and "without a shard" in few["values_because"]
     assert few["insertion_below_goal"] <= many["insertion_below_goal"]
     stored = pq.read_table(tmp_path / "scaling_shapes.parquet")
