@@ -1,9 +1,10 @@
 """Context templates, tokenisation, and the subject's last token."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,12 +115,13 @@ def token_ids(
 
 
 def iter_token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, add_special_tokens: bool = True
 ) -> Iterator[list[int]]:
     """The same one text after another: of a million texts, some thousands are held at a time."""
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+    left = iter(texts)
+    while some := list(islice(left, _TEXTS_AT_ONCE)):
         encoded = tokenizer(
-            list(texts[start : start + _TEXTS_AT_ONCE]),
+            some,
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,

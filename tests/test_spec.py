@@ -263,6 +263,7 @@ def _digest(*overrides: str) -> str:
         "cluster.engine=in_process",
         "cluster.address=auto",
         "cluster.gpus_per_worker=0",
+        "cluster.memory_per_worker_gb=4",
         "cluster.hidden_states_gb=2",
         "cluster.max_retries=1",
         "cluster.stall_seconds=1",
@@ -291,6 +292,7 @@ def test_the_digest_ignores_where_and_how_widely_a_job_runs(override: str) -> No
         "cluster.value_batch_size=7",
         "cluster.cpus_per_worker=7",
         "cluster.reducer_threads=7",
+        "cluster.reducer_gpus=0.1",
     ],
 )
 def test_the_digest_follows_what_decides_the_result(override: str) -> None:

@@ -33,6 +33,8 @@ class RayCalls:
     """The calls of an engine to worker actors and a reducer that somebody has started."""
 
     spec: JobSpec
+    num_workers: int
+    late: frozenset[int]
     _workers: list[Any]
     _reducer: Any
 

@@ -69,7 +69,7 @@ class RayGuest(RayCalls):
     def __init__(self, hosts: RayHosts, study: int) -> None:
         self._hosts, self._study = hosts, study
         self.spec = hosts.specs[study]
-        self.num_workers = hosts.num_workers
+        self.num_workers, self.late = hosts.num_workers, hosts.late
         self._workers = hosts.workers()
         self._reducer = self._new_reducer()
 
@@ -97,6 +97,10 @@ class RayGuest(RayCalls):
         """Take the actor that has come in the place of a lost one."""
         self._require_going_on()
         self._workers[worker] = self._hosts.renew(worker, self._workers[worker])
+
+    def needs(self) -> str:
+        """As of all studies' engine."""
+        return self._hosts.needs()
 
     def close(self) -> None:
         """End the reducer; the workers are everybody's."""

@@ -29,15 +29,15 @@ EFFICIENCY = {
     "generation": 0.10,
     "general": 0.40,
     "covariance": 0.55,
-    "merge": 0.25,
+    "merge": 0.5,
 }
 """Share of the matrix rate that a phase reaches, by the counts of `pipeline.planning.flops`.
 
 Measured with counterfact-12m in float32, 2 workers of 1 thread that reached 90 GFLOP/s in matrix
 products: values 42, keys 24 to 27, scoring 32 to 38 and covariance 50 GFLOP/s (the phases' seconds
 of runs of 1,000 and 10,000 edits; `python -m benchmarks.values` and its like measure them one by
-one). Merging is in float64, at half the rate and half the efficiency. Generation decodes token by
-token and is a guess, and so are gradients until a run of theirs is timed.
+one). Merging is in float64; its share is of that rate, which on processors is half. Generation
+decodes token by token and is a guess, and so are gradients until a run of theirs is timed.
 """
 CALL_SECONDS = 0.05
 """A call to a worker beyond its arithmetic: tokenising, sending, storing: 0.03 to 0.1."""
@@ -46,12 +46,15 @@ START_SECONDS = {"ray": 15.0, "in_process": 1.0}
 LOAD_BYTES_PER_SECOND = 1e9
 """Weights from disk to memory."""
 _MERGE_THREADS = 2
+_DOUBLE_SHARE = 0.5
+"""Of the rate in float32 on processors, that in float64."""
 
 
 def make_estimate(
     plan: Plan,
     *,
     rate: float | None = None,
+    reducer_rate: float | None = None,
     steps: float | None = None,
     gigabits: float = 10.0,
     workers: Sequence[int] = WORKERS,
@@ -61,6 +64,8 @@ def make_estimate(
     Args:
         plan: the job.
         rate: FLOP/s of a worker in matrix products; null measures this machine for a second.
+        reducer_rate: FLOP/s of the reducer in float64; null takes that of a worker's processors,
+            which where workers have GPUs is far too much.
         steps: steps that an edit takes; null guesses where a stop loss ends searches early.
         gigabits: Gbit/s of a node's link.
         workers: numbers of workers to estimate for; the first one sets the memory.
@@ -83,7 +88,7 @@ def make_estimate(
         rate_source="measured" if measured else "given",
         steps=taken,
         seconds={
-            count: _seconds(plan, model, work, moved, rate, count, gigabits * 1e9 / 8)
+            count: _seconds(plan, model, work, moved, rate, reducer_rate, count, gigabits * 1e9 / 8)
             for count in workers
         },
         moved=moved,
@@ -98,6 +103,7 @@ def make_estimates(
     plans: Sequence[Plan],
     *,
     rate: float | None = None,
+    reducer_rate: float | None = None,
     steps: float | None = None,
     gigabits: float = 10.0,
     workers: Sequence[int] = WORKERS,
@@ -107,9 +113,17 @@ def make_estimates(
     Args: as of `make_estimate`.
     """
     first, *others = plans
-    found = make_estimate(first, rate=rate, steps=steps, gigabits=gigabits, workers=workers)
+    found = make_estimate(
+        first,
+        rate=rate,
+        reducer_rate=reducer_rate,
+        steps=steps,
+        gigabits=gigabits,
+        workers=workers,
+    )
     same: dict[str, Any] = {
         "rate": found.rate,
+        "reducer_rate": reducer_rate,
         "steps": steps,
         "gigabits": gigabits,
         "workers": workers,
@@ -141,6 +155,7 @@ def _seconds(
     work: Work,
     moved: Transfer,
     rate: float,
+    reducer_rate: float | None,
     workers: int,
     bytes_per_second: float,
 ) -> dict[str, float]:
@@ -152,10 +167,11 @@ def _seconds(
             for piece in rounds
         )
 
-    threads = min(_MERGE_THREADS, plan.spec.cluster.reducer_threads)
-    alone = rate / plan.spec.cluster.cpus_per_worker
-    merge = work.merge / (alone * threads * EFFICIENCY["merge"])
-    apply = work.apply / (rate * EFFICIENCY["merge"])
+    if reducer_rate is None:
+        threads = min(_MERGE_THREADS, plan.spec.cluster.reducer_threads)
+        reducer_rate = rate / plan.spec.cluster.cpus_per_worker * threads * _DOUBLE_SHARE
+    merge = work.merge / (reducer_rate * EFFICIENCY["merge"])
+    apply = work.apply / (rate * _DOUBLE_SHARE * EFFICIENCY["merge"])
     crossing = crossing_seconds(moved.keys, moved.updates, workers, bytes_per_second)
     weights = model.num_parameters * model.dtype.itemsize
     found = {"start": START_SECONDS[plan.spec.cluster.engine] + weights / LOAD_BYTES_PER_SECOND}

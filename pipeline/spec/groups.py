@@ -85,8 +85,16 @@ class ClusterSpec(Part):
     """Processors, and so compute threads, a worker has."""
     gpus_per_worker: Annotated[Finite, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs a worker has; `auto` is 1 where the cluster has GPUs, else 0."""
+    memory_per_worker_gb: Annotated[Finite, Field(gt=0)] | None = None
+    """Gigabytes of a node's memory that Ray sets aside for a worker, which it then places only
+    where so much is left; `editfleet plan` says what a worker needs. Null sets nothing aside: a
+    node takes as many workers as it has processors (or GPUs) for."""
     reducer_threads: Threads = 2
     """Compute threads of the reducer. Part of the result's last bits, so it is not guessed."""
+    reducer_gpus: Annotated[Finite, Field(gt=0)] | None = None
+    """GPUs, or what share of one, the reducer has on Ray; null leaves it to its threads. Part of
+    the result's last bits. Merging many edits into wide layers is float64 work that all workers
+    wait for (docs/scaling.md)."""
     shard_size: Positive | Literal["auto"] = "auto"
     """Requests a shard; `auto` makes about 64 shards of 16 to 256 requests. Part of the result's
     last bits, so it does not follow the worker count."""

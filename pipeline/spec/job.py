@@ -104,6 +104,7 @@ _FREE = frozenset(
         "cluster.address",
         "cluster.workers",
         "cluster.gpus_per_worker",
+        "cluster.memory_per_worker_gb",
         "cluster.hidden_states_gb",
         "cluster.max_retries",
         "cluster.stall_seconds",
