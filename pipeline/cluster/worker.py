@@ -113,14 +113,14 @@ class EditWorker:
         self._waves_of = 0
         self._laid_out: dict[tuple[str, ...], TargetGradients] = {}
         self._laid_out_of: tuple[int, ...] = ()
-        self._max_tokens = TOKENS_PER_BATCH[self.model.device.type]
+        self._max_tokens = TOKENS_PER_BATCH[self.model.input_device.type]
 
     def describe(self) -> WorkerDescription:
         """Report model, device and shapes."""
         layers = self.method.layers
         return WorkerDescription(
             fingerprint=self._replica.fingerprint,
-            device=str(self.model.device),
+            device=",".join(map(str, self.model.devices)),
             device_reason=self._replica.device_reason,
             dtype=str(self.model.dtype).removeprefix("torch."),
             hidden_size=self.model.hidden_size,
@@ -214,11 +214,12 @@ class EditWorker:
             self._waves_of = began
         wave = self._wave(shard, requests, stage[-1])
         keys, residuals = method.keys_and_residuals(wave, layer, values_ND)
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        keys, residuals = keys.to(wide).cpu(), residuals.cpu()
         _require_finite(requests, keys, residuals, layer)
         if layer == stage[-1]:
             del self._waves[shard]
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        return len(requests), (keys.to(wide).cpu(), residuals.cpu())
+        return len(requests), (keys, residuals)
 
     def apply(self, layer: int, update: Change, *, version: int) -> int:
         """Apply a layer's change if this worker is at `version`; return its new version.
@@ -352,7 +353,7 @@ class EditWorker:
         asked = self.spec.cluster.value_batch_size
         if asked != "auto" or not edits:
             return 1 if asked == "auto" else asked
-        device = self.model.device
+        device = self.model.input_device
         most = EDITS_PER_BATCH[device.type]
         size = edits_that_fit(self.model, edits, layer, most, free_bytes(device))
         if size < most:
@@ -370,7 +371,7 @@ class EditWorker:
         found = self._laid_out.get(case_ids)
         if found is None:
             edits = tokenize_edits(self.tokenizer, requests, self.contexts)
-            most = TOKENS_PER_BACKWARD[self.model.device.type]
+            most = TOKENS_PER_BACKWARD[self.model.input_device.type]
             found = self.method.gradients(self.model, edits, most, keeps=True)
             kept = found.num_bytes + sum(other.num_bytes for other in self._laid_out.values())
             found.keeps = kept <= self.spec.cluster.hidden_states_gb * 1e9
