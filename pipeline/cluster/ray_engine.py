@@ -10,7 +10,9 @@ from typing import Any
 import ray
 
 from pipeline.cluster.engine import WorkerLostError
+from pipeline.cluster.gpus import settled
 from pipeline.cluster.ray_calls import RayCalls, fetch, first_line
+from pipeline.cluster.ray_gpus import find_gpus, node_gpus
 from pipeline.cluster.reducer import Reducer
 from pipeline.cluster.worker import EditWorker
 from pipeline.errors import InputError, JobFailedError
@@ -44,8 +46,9 @@ class RayEngine(RayCalls):
         self._reducer: Any = None
         try:
             _require_size(spec.cluster)
-            self._actor_options = _actor_options(spec.cluster)
-            self.num_workers = _num_workers(spec.cluster, self._actor_options["num_gpus"])
+            self.spec = self._settle_gpus()
+            self._actor_options = _actor_options(self.spec.cluster)
+            self.num_workers = _num_workers(self.spec.cluster, self._actor_options["num_gpus"])
             self._workers = [self._new_worker() for _ in range(self.num_workers)]
             self._reducer = self._new_reducer()
             self._await_start()
@@ -66,6 +69,10 @@ class RayEngine(RayCalls):
         self._workers, self._reducer = [], None
         if self._owns_cluster:
             ray.shutdown()
+
+    def _settle_gpus(self) -> JobSpec:
+        """The spec with a number of GPUs a worker."""
+        return settled(self.spec, find_gpus) if node_gpus() else self.spec
 
     def _new_worker(self) -> Any:
         actor = ray.remote(EditWorker).options(
@@ -184,9 +191,8 @@ def _require_size(cluster: ClusterSpec) -> None:
 
 def _actor_options(cluster: ClusterSpec) -> dict[str, Any]:
     gpus = cluster.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}
+    # There are none where the number has not been settled.
+    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": 0 if gpus == "auto" else gpus}
 
 
 def _num_workers(cluster: ClusterSpec, gpus: float) -> int:
@@ -194,5 +200,7 @@ def _num_workers(cluster: ClusterSpec, gpus: float) -> int:
         return cluster.workers
     resources = ray.cluster_resources()
     by_cpu = int(resources.get("CPU", 1) // cluster.cpus_per_worker)
-    by_gpu = int(resources.get("GPU", 0) // gpus) if gpus else by_cpu
+    # A worker's GPUs are all of one node. (1 / 0.1 may be a little less than 10.)
+    on_nodes = (int(count / gpus + 1e-9) for count in node_gpus()) if gpus else ()
+    by_gpu = sum(on_nodes) if gpus else by_cpu
     return max(1, min(by_cpu, by_gpu))

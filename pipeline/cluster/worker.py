@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -27,7 +27,7 @@ from pipeline.evaluation import general, metrics
 from pipeline.evaluation.asking import continuations_of, scores_of
 from pipeline.evaluation.probes import Probe
 from pipeline.methods import ClosedForm, GradientMethod, build_method
-from pipeline.models.editable import EditableModel, resolve_device
+from pipeline.models.editable import EditableModel, resolve_devices
 from pipeline.models.loading import (
     fingerprint,
     fuse_activations,
@@ -75,16 +75,23 @@ class Replica:
     Args:
         spec: the model to load.
         threads: compute threads.
+        gpus: GPUs that it has, or a part of one; `auto` is one, if there is any.
 
     Raises:
-        InputError: the model cannot be loaded or is not supported.
+        InputError: the model cannot be loaded or is not supported, or there are too few GPUs.
     """
 
-    def __init__(self, spec: ModelSpec, threads: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, threads: int, gpus: float | Literal["auto"] = "auto"
+    ) -> None:
         torch.set_num_threads(threads)
-        device, self.device_reason = resolve_device()
+        devices, self.device_reason = resolve_devices(1 if gpus == "auto" else gpus)
+        self.gpu_share = gpus if gpus != "auto" and 0 < gpus < 1 else 1.0
+        if self.gpu_share < 1 and devices[0].type == "cuda":
+            # Beyond its part of a shared GPU this process runs out of memory, not its neighbours.
+            torch.cuda.set_per_process_memory_fraction(self.gpu_share, devices[0])
         self.tokenizer = load_tokenizer(spec)
-        model = load_model(spec, device)
+        model = load_model(spec, *devices)
         self.fingerprint = fingerprint(model)
         fuse_activations(model)
         self.model = EditableModel(model)
@@ -103,7 +110,7 @@ class EditWorker:
     """
 
     def __init__(self, spec: JobSpec, threads: int, replica: Replica | None = None) -> None:
-        self._replica = replica or Replica(spec.model, threads)
+        self._replica = replica or Replica(spec.model, threads, spec.cluster.gpus_per_worker)
         self.spec = spec
         self.model, self.tokenizer = self._replica.model, self._replica.tokenizer
         self.method = build_method(spec.method)
@@ -344,8 +351,12 @@ class EditWorker:
         save_edited(self.weights, self.tokenizer, directory)
 
     def peak_memory(self) -> dict[str, int]:
-        """Peak resident memory of this process, and peak device memory, in bytes."""
-        cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        """Peak resident memory of this process, and peak device memory, in bytes.
+
+        Of a model over several devices that is the fullest one's.
+        """
+        on_gpus = [device for device in self.model.devices if device.type == "cuda"]
+        cuda = max(map(torch.cuda.max_memory_allocated, on_gpus), default=0)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"resident": resident, "device": cuda}
 
@@ -353,9 +364,10 @@ class EditWorker:
         asked = self.spec.cluster.value_batch_size
         if asked != "auto" or not edits:
             return 1 if asked == "auto" else asked
-        device = self.model.input_device
-        most = EDITS_PER_BATCH[device.type]
-        size = edits_that_fit(self.model, edits, layer, most, free_bytes(device))
+        most = EDITS_PER_BATCH[self.model.input_device.type]
+        share = self._replica.gpu_share
+        free = {device: free_bytes(device, share) for device in self.model.devices}
+        size = edits_that_fit(self.model, edits, layer, most, free)
         if size < most:
             log.info("values: %d edits at once instead of %d, for want of memory", size, most)
         return size

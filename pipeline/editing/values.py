@@ -124,8 +124,9 @@ def find_merged_values(
     # Edits of like length share a batch, so that little of it is padding.
     left = sorted(range(len(groups)), key=lambda i: (*max(map(_token_counts, groups[i])), i))
     found: dict[int, FoundValue] = {}
-    # A graph is recorded on one device.
-    recorder = Recorder(cuda_graphs and [d.type for d in model.devices] == ["cuda"])
+    recorder = Recorder(cuda_graphs and model.input_device.type == "cuda")
+    if recorder.is_wanted and len(model.devices) > 1:
+        recorder.give_up("the model is on several GPUs")
     while left:
         search = Search(model, [groups[i] for i in left], layer, settings, batch_size, recorder)
         try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.errors import InputError
 from pipeline.models.anatomy import family_of, is_transposed
 from pipeline.models.caches import AttentionCache
 from pipeline.models.masks import attention_masks
@@ -56,7 +57,7 @@ class EditableModel:
     @property
     def input_device(self) -> torch.device:
         """Where token ids go in: the embedding's device."""
-        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
+        weight: Tensor = self.model.get_input_embeddings().weight
         return weight.device
 
     @property
@@ -302,6 +303,26 @@ def resolve_device(name: str | None = None) -> tuple[torch.device, str]:
     if torch.cuda.is_available():
         return torch.device("cuda"), "a CUDA device is visible to this process"
     return torch.device("cpu"), "no CUDA device is visible to this process"
+
+
+def resolve_devices(gpus: float) -> tuple[list[torch.device], str]:
+    """Choose where a model goes that has so many GPUs, with the reason for the log.
+
+    More than one spread it; one, or a part of one, or none, is what `resolve_device` finds.
+
+    Raises:
+        InputError: fewer CUDA devices are visible.
+    """
+    if gpus <= 1:
+        device, reason = resolve_device()
+        return [device], reason
+    found = torch.cuda.device_count()
+    if found < gpus:
+        raise InputError(
+            f"cluster.gpus_per_worker: {gpus:.0f} GPUs for one model, but this process sees {found}"
+        )
+    devices = [torch.device("cuda", number) for number in range(int(gpus))]
+    return devices, f"the model is spread over {len(devices)} CUDA devices"
 
 
 def _first(output: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ device than theirs; what attention has cached stays with its block.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -19,9 +20,7 @@ DeviceMap = dict[str, torch.device]
 """Name of a module -> where it is, for modules that hold all weights and buffers between them."""
 
 
-def device_map(
-    model: PreTrainedModel, devices: Sequence[torch.device], extra: Sequence[int] = ()
-) -> DeviceMap:
+def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> DeviceMap:
     """Cut a model between blocks so that the fullest device holds as little as possible.
 
     Devices follow each other as blocks do. An unembedding that is tied to the embedding is with it
@@ -32,7 +31,6 @@ def device_map(
     Args:
         model: the model; one on the `meta` device does.
         devices: where to put it; no more than it has blocks.
-        extra: bytes beside the weights that each block takes.
 
     Raises:
         InputError: there are more devices than blocks.
@@ -45,10 +43,8 @@ def device_map(
         )
     before, behind = _around_blocks(model)
     sizes = [num_bytes(block) for block in blocks]
-    for place, more in enumerate(extra):
-        sizes[place] += more
-    sizes[0] += sum(num_bytes(model.get_submodule(name)) for name in before)
-    sizes[-1] += sum(num_bytes(model.get_submodule(name)) for name in behind)
+    sizes[0] += _bytes_of(model, before)
+    sizes[-1] += _bytes_of(model, behind)
     family = family_of(model)
     bounds = _cut(sizes, len(devices))
     found = dict.fromkeys(before, devices[0])
@@ -89,33 +85,41 @@ def num_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def bytes_by_device(
-    model: PreTrainedModel, count: int, extra: Sequence[int] = ()
-) -> list[tuple[range, int]]:
+@dataclass(frozen=True)
+class Part:
+    """What one of several devices holds of a model.
+
+    Attributes:
+        blocks: its blocks.
+        weight_bytes: of all weights and buffers there.
+        has_logits: whether the unembedding is there.
+    """
+
+    blocks: range
+    weight_bytes: int
+    has_logits: bool
+
+
+def parts_of(model: PreTrainedModel, count: int) -> list[Part]:
     """How `device_map` cuts a model over so many devices.
 
-    Returns:
-        For each device its blocks, and the bytes of weights and `extra` that it holds.
+    Raises:
+        InputError: there are more devices than blocks.
     """
     devices = [torch.device("meta", number) for number in range(count)]
-    where = device_map(model, devices, extra)
-    family = family_of(model)
+    where, path = device_map(model, devices), f"{family_of(model).blocks}."
     found = []
     for device in devices:
         names = [name for name, at in where.items() if at == device]
-        held = {t for name in names for t in _tensors(model.get_submodule(name))}
-        blocks = [
-            int(name.rpartition(".")[2]) for name in names if name.startswith(f"{family.blocks}.")
-        ]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in held)
-        more = sum(extra[block] for block in blocks) if extra else 0
-        found.append((range(blocks[0], blocks[-1] + 1), size + more))
+        blocks = [int(name.removeprefix(path)) for name in names if name.startswith(path)]
+        has_logits = model.get_output_embeddings() in map(model.get_submodule, names)
+        span = range(blocks[0], blocks[-1] + 1)
+        found.append(Part(span, _bytes_of(model, names), has_logits))
     return found
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _bytes_of(model: PreTrainedModel, names: Sequence[str]) -> int:
+    return num_bytes(nn.ModuleList(map(model.get_submodule, names)))
 
 
 def _blocks(model: PreTrainedModel) -> Iterator[nn.Module]:

@@ -26,7 +26,7 @@ from pipeline.evaluation.probes import Probe
 from pipeline.evaluation.scoring import score
 from pipeline.methods.closed_form import missing
 from pipeline.models.editable import EditableModel
-from pipeline.models.placement import bytes_by_device, device_map, num_bytes
+from pipeline.models.placement import device_map, num_bytes, parts_of
 from pipeline.models.placement import place as put
 from pipeline.prompts import generate_contexts
 from pipeline.tracing.facts import tokenize_facts
@@ -327,20 +327,20 @@ def test_a_map_has_all_weights_and_cuts_between_blocks(family: str) -> None:
         }
         assert held.keys() == model.state_dict().keys()
         assert set(where.values()) == set(devices[:count])
-        parts = bytes_by_device(model, count)
-        assert [block for blocks, _ in parts for block in blocks] == [0, 1, 2, 3]
-        assert sum(size for _, size in parts) == num_bytes(model)
+        parts = parts_of(model, count)
+        assert [block for part in parts for block in part.blocks] == [0, 1, 2, 3]
+        assert sum(part.weight_bytes for part in parts) == num_bytes(model)
+        is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert [part.has_logits for part in parts].index(True) == (0 if is_tied else count - 1)
 
 
 def test_the_fullest_device_holds_as_little_as_it_can() -> None:
     model = outline_of("llama")
-    block = num_bytes(model.model.layers[0])
-    assert [blocks for blocks, _ in bytes_by_device(model, 2)] == [range(2), range(2, 4)]
-    # A block that takes three times as much besides is alone.
-    alone = bytes_by_device(model, 2, [0, 0, 0, 10 * block])
-    assert [blocks for blocks, _ in alone] == [range(3), range(3, 4)]
-    whole = sum(size for _, size in bytes_by_device(model, 1))
-    assert max(size for _, size in bytes_by_device(model, 2)) < 0.6 * whole
+    assert [part.blocks for part in parts_of(model, 2)] == [range(2), range(2, 4)]
+    whole = num_bytes(model)
+    assert max(part.weight_bytes for part in parts_of(model, 2)) < 0.6 * whole
+    # An embedding that is tied, and so on the first device alone, leaves it fewer blocks.
+    assert [part.blocks for part in parts_of(outline_of("gpt2"), 2)] == [range(1), range(1, 4)]
     with pytest.raises(InputError, match="5 GPUs for a model of 4 blocks"):
         device_map(model, [torch.device("meta")] * 5)
 
