@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pipeline.editing.adapters import NeuronBank
 from pipeline.editing.covariance import gram_sums
 from pipeline.editing.gradients import TargetGradients
 from pipeline.editing.keys import Kept, KeyWave, Written
@@ -125,7 +126,7 @@ def gradients(tiny: Case) -> Any:
 
 
 def weights(tiny: Case) -> Any:
-    """Edited, as wrappers see them, tried, laid down, taken up again, and undone."""
+    """Edited, as wrappers see them, tried, laid down, taken up again, adapted, and undone."""
     edited = EditedWeights(tiny.editable, LAYERS)
     found: list[Any] = []
 
@@ -142,6 +143,10 @@ def weights(tiny: Case) -> Any:
         look()
     with edited.unedited():
         look()
+    bank = draw(2, 32, seed=1), draw(2, seed=2), draw(2, 32, seed=3)
+    for layer in LAYERS:
+        edited.apply(layer, NeuronBank.of(*bank, "relu"))
+    found.append(scores(tiny))
     edited.revert()
     look()
     return found
