@@ -63,10 +63,11 @@ def settled(spec: JobSpec, find: Callable[[], Gpus], *, studies: Sequence[JobSpe
     if spec.cluster.gpus_per_worker != "auto":
         return spec
     model, edits = outline(spec.model, device=torch.device("cuda")), [ordinary_edit(spec)]
-    specs = studies or (spec,)
+    specs, asked = studies or (spec,), spec.cluster.value_batch_size
 
     def need(count: int, batch: int) -> int:
-        found = [gpu_memory(one, model, edits, batch, count) for one in specs]
+        size = batch if asked == "auto" else min(batch, asked)
+        found = [gpu_memory(one, model, edits, size, count) for one in specs]
         # Each study has edited weights of its own; the rest serves them all.
         extra = sum(part["copies of edited weights"] for part in found[1:])
         return max(map(at_its_peak, found)) + extra
