@@ -165,11 +165,11 @@ def generate_contexts(
     says. The caller's random state is left as it was.
     """
     texts = []
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [device for device in model.devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         for word in CONTEXT_SEEDS:
-            encoded = tokenizer(word, return_tensors="pt").to(model.device)
+            encoded = tokenizer(word, return_tensors="pt").to(model.input_device)
             ids = model.model.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],

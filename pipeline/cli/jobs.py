@@ -167,7 +167,9 @@ def plan(
     worker_memory: Annotated[
         float | None,
         typer.Option(
-            "--worker-memory", min=0, help="GB of a worker; else a share of what is free."
+            "--worker-memory",
+            min=0,
+            help="GB of a worker, or a GPU of it; else what is free.",
         ),
     ] = None,
     gigabits: Annotated[

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from pipeline.cluster.engine import Engine
+from pipeline.cluster.gpus import settled_here
 from pipeline.cluster.hosts import InProcessHosts
 from pipeline.cluster.outcomes import shards_left
 from pipeline.cluster.plan import Plan, cut_probes, make_plan, settle_spec
@@ -197,7 +198,7 @@ def _run_member(hosts: _Hosts, place: int, member: _Member, studies: int, sharin
 
 def _start_hosts(specs: list[JobSpec]) -> _Hosts:
     if specs[0].cluster.engine == "in_process":
-        return InProcessHosts(specs)
+        return InProcessHosts(settled_here(specs))
     # Ray is imported only where it is used: the core and this engine run without it.
     from pipeline.cluster.ray_hosts import RayHosts
 

@@ -22,7 +22,7 @@ class WorkerHost:
     """
 
     def __init__(self, specs: Sequence[JobSpec], threads: int) -> None:
-        replica = Replica(specs[0].model, threads)
+        replica = Replica(specs[0].model, threads, specs[0].cluster.gpus_per_worker)
         self.workers = [
             EditWorker(_with_its_share(spec, len(specs)), threads, replica) for spec in specs
         ]

@@ -10,7 +10,9 @@ from typing import Any
 
 import ray
 
+from pipeline.cluster.gpus import settled
 from pipeline.cluster.ray_calls import RayCalls, first_line
+from pipeline.cluster.ray_gpus import find_gpus, node_gpus
 from pipeline.cluster.reducer import Reducer
 from pipeline.cluster.roster import Roster
 from pipeline.cluster.waiting import Waiter
@@ -54,8 +56,9 @@ class RayEngine(RayCalls):
         self._reducer: Any = None
         try:
             _require_size(spec.cluster)
-            self._actor_options = _actor_options(spec.cluster)
-            self.num_workers = _num_workers(spec.cluster, self._actor_options)
+            self.spec = self._settle_gpus()
+            self._actor_options = _actor_options(self.spec.cluster)
+            self.num_workers = _num_workers(self.spec.cluster, self._actor_options)
             self._workers = [self._new_worker() for _ in range(self.num_workers)]
             self._reducer = self._new_reducer()
             self.late = self._await_start()
@@ -107,6 +110,10 @@ class RayEngine(RayCalls):
                 self.needs(),
             )
         return late
+
+    def _settle_gpus(self) -> JobSpec:
+        """The spec with a number of GPUs a worker."""
+        return settled(self.spec, find_gpus) if node_gpus() else self.spec
 
     def _new_worker(self) -> Any:
         actor = ray.remote(EditWorker).options(
@@ -200,8 +207,8 @@ def _require_size(cluster: ClusterSpec) -> None:
 
 def _actor_options(cluster: ClusterSpec) -> dict[str, Any]:
     gpus = cluster.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    # There are none where the number has not been settled.
+    gpus = 0 if gpus == "auto" else gpus
     options: dict[str, Any] = {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}
     if cluster.memory_per_worker_gb is not None:
         options["memory"] = int(cluster.memory_per_worker_gb * _GIGABYTE)

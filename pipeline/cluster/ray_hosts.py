@@ -8,10 +8,12 @@ from typing import Any
 import ray
 
 from pipeline.cluster.engine import Call
+from pipeline.cluster.gpus import settled
 from pipeline.cluster.host import WorkerHost
 from pipeline.cluster.hosts import StudiesEnded
 from pipeline.cluster.ray_calls import RayCalls
 from pipeline.cluster.ray_engine import RayEngine, new_reducer
+from pipeline.cluster.ray_gpus import find_gpus, node_gpus
 from pipeline.spec import JobSpec
 
 # A study notices within this time that all of them are to end.
@@ -53,7 +55,12 @@ class RayHosts(RayEngine):
         actor = ray.remote(WorkerHost).options(
             max_restarts=0, max_task_retries=0, **self._actor_options
         )
-        return actor.remote(self.specs, self.spec.cluster.cpus_per_worker)
+        # The first one says how many GPUs there are.
+        specs = (self.spec, *self.specs[1:])
+        return actor.remote(specs, self.spec.cluster.cpus_per_worker)
+
+    def _settle_gpus(self) -> JobSpec:
+        return settled(self.spec, find_gpus, studies=self.specs) if node_gpus() else self.spec
 
     def _new_reducer(self) -> Any:
         return None  # every study has its own

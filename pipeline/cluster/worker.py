@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -27,7 +27,7 @@ from pipeline.evaluation import general, metrics
 from pipeline.evaluation.asking import continuations_of, scores_of
 from pipeline.evaluation.probes import Probe
 from pipeline.methods import ClosedForm, GradientMethod, build_method
-from pipeline.models.editable import EditableModel, resolve_device
+from pipeline.models.editable import EditableModel, resolve_devices
 from pipeline.models.loading import (
     fingerprint,
     fuse_activations,
@@ -75,16 +75,23 @@ class Replica:
     Args:
         spec: the model to load.
         threads: compute threads.
+        gpus: GPUs that it has, or a part of one; `auto` is one, if there is any.
 
     Raises:
-        InputError: the model cannot be loaded or is not supported.
+        InputError: the model cannot be loaded or is not supported, or there are too few GPUs.
     """
 
-    def __init__(self, spec: ModelSpec, threads: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, threads: int, gpus: float | Literal["auto"] = "auto"
+    ) -> None:
         torch.set_num_threads(threads)
-        device, self.device_reason = resolve_device()
+        devices, self.device_reason = resolve_devices(1 if gpus == "auto" else gpus)
+        self.gpu_share = gpus if gpus != "auto" and 0 < gpus < 1 else 1.0
+        if self.gpu_share < 1 and devices[0].type == "cuda":
+            # Beyond its part of a shared GPU this process runs out of memory, not its neighbours.
+            torch.cuda.set_per_process_memory_fraction(self.gpu_share, devices[0])
         self.tokenizer = load_tokenizer(spec)
-        model = load_model(spec, device)
+        model = load_model(spec, *devices)
         self.fingerprint = fingerprint(model)
         fuse_activations(model)
         self.model = EditableModel(model)
@@ -103,7 +110,7 @@ class EditWorker:
     """
 
     def __init__(self, spec: JobSpec, threads: int, replica: Replica | None = None) -> None:
-        self._replica = replica or Replica(spec.model, threads)
+        self._replica = replica or Replica(spec.model, threads, spec.cluster.gpus_per_worker)
         self.spec = spec
         self.model, self.tokenizer = self._replica.model, self._replica.tokenizer
         self.method = build_method(spec.method)
@@ -113,14 +120,14 @@ class EditWorker:
         self._waves_of = 0
         self._laid_out: dict[tuple[str, ...], TargetGradients] = {}
         self._laid_out_of: tuple[int, ...] = ()
-        self._max_tokens = TOKENS_PER_BATCH[self.model.device.type]
+        self._max_tokens = TOKENS_PER_BATCH[self.model.input_device.type]
 
     def describe(self) -> WorkerDescription:
         """Report model, device and shapes."""
         layers = self.method.layers
         return WorkerDescription(
             fingerprint=self._replica.fingerprint,
-            device=str(self.model.device),
+            device=",".join(map(str, self.model.devices)),
             device_reason=self._replica.device_reason,
             dtype=str(self.model.dtype).removeprefix("torch."),
             hidden_size=self.model.hidden_size,
@@ -214,11 +221,12 @@ class EditWorker:
             self._waves_of = began
         wave = self._wave(shard, requests, stage[-1])
         keys, residuals = method.keys_and_residuals(wave, layer, values_ND)
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        keys, residuals = keys.to(wide).cpu(), residuals.cpu()
         _require_finite(requests, keys, residuals, layer)
         if layer == stage[-1]:
             del self._waves[shard]
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        return len(requests), (keys.to(wide).cpu(), residuals.cpu())
+        return len(requests), (keys, residuals)
 
     def apply(self, layer: int, update: Change, *, version: int) -> int:
         """Apply a layer's change if this worker is at `version`; return its new version.
@@ -343,8 +351,12 @@ class EditWorker:
         save_edited(self.weights, self.tokenizer, directory)
 
     def peak_memory(self) -> dict[str, int]:
-        """Peak resident memory of this process, and peak device memory, in bytes."""
-        cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        """Peak resident memory of this process, and peak device memory, in bytes.
+
+        Of a model over several devices that is the fullest one's.
+        """
+        on_gpus = [device for device in self.model.devices if device.type == "cuda"]
+        cuda = max(map(torch.cuda.max_memory_allocated, on_gpus), default=0)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"resident": resident, "device": cuda}
 
@@ -352,9 +364,10 @@ class EditWorker:
         asked = self.spec.cluster.value_batch_size
         if asked != "auto" or not edits:
             return 1 if asked == "auto" else asked
-        device = self.model.device
-        most = EDITS_PER_BATCH[device.type]
-        size = edits_that_fit(self.model, edits, layer, most, free_bytes(device))
+        most = EDITS_PER_BATCH[self.model.input_device.type]
+        share = self._replica.gpu_share
+        free = {device: free_bytes(device, share) for device in self.model.devices}
+        size = edits_that_fit(self.model, edits, layer, most, free)
         if size < most:
             log.info("values: %d edits at once instead of %d, for want of memory", size, most)
         return size
@@ -370,7 +383,7 @@ class EditWorker:
         found = self._laid_out.get(case_ids)
         if found is None:
             edits = tokenize_edits(self.tokenizer, requests, self.contexts)
-            most = TOKENS_PER_BACKWARD[self.model.device.type]
+            most = TOKENS_PER_BACKWARD[self.model.input_device.type]
             found = self.method.gradients(self.model, edits, most, keeps=True)
             kept = found.num_bytes + sum(other.num_bytes for other in self._laid_out.values())
             found.keeps = kept <= self.spec.cluster.hidden_states_gb * 1e9

@@ -131,7 +131,9 @@ class EditedWeights:
             self._adapters[layer, change.kind] = self._with(layer, change)
             self._attach(layer, change.kind)
         else:
-            matrix = change.matrix(self.model.device) if isinstance(change, Update) else change
+            matrix = (
+                change.matrix(self.model.device_of(layer)) if isinstance(change, Update) else change
+            )
             self._add(layer, matrix)
         self.version += 1
 

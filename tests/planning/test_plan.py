@@ -32,7 +32,7 @@ def test_an_outline_has_the_shapes_of_the_loaded_model(family: str, tiny: TinyJo
     loaded = AutoModelForCausalLM.from_pretrained(tiny.model(family))
     assert found.num_parameters == sum(weight.numel() for weight in loaded.parameters())
     assert ModelSize.of(found) == ModelSize.of(EditableModel(loaded))
-    assert found.dtype == torch.bfloat16 and found.device.type == "meta"
+    assert found.dtype == torch.bfloat16 and found.input_device.type == "meta"
 
 
 def test_what_an_estimate_follows(tiny: TinyJobs, tmp_path: Path) -> None:
