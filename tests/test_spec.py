@@ -356,7 +356,7 @@ _SPECS = _part(
     covariance=_part(corpus=st.none() | _PLACE, field=_PLACE, samples=_COUNT, max_tokens=_COUNT),
     cluster=_part(
         workers=st.just("auto") | st.integers(1, 99),
-        gpus_per_worker=st.just("auto") | st.floats(0, 8),
+        gpus_per_worker=st.just("auto") | st.floats(0, 1) | st.integers(2, 8),
         stall_seconds=st.floats(1e-3, 1e9),
     ),
     evaluation=_part(
