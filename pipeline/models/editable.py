@@ -54,6 +54,12 @@ class EditableModel:
         return int(self.unembedding.weight.shape[0])  # type: ignore[index]
 
     @property
+    def output_embeddings(self) -> Tensor:
+        """What the final hidden state is multiplied by: (v, d), a row a token."""
+        weight: Tensor = self.unembedding.weight  # type: ignore[assignment]
+        return weight.data
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
