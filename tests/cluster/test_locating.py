@@ -99,7 +99,7 @@ def test_a_batch_job_edits_the_neurons_that_the_plain_procedure_finds(
     assert all(torch.equal(weight, before[name]) for name, weight in edited.state_dict().items())
 
 
-@pytest.mark.parametrize("study", [False, True])
+@pytest.mark.parametrize("study", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ray_gives_the_bits_of_one_process(tiny: TinyJobs, tmp_path: Path, study: bool) -> None:
     run, more = (run_sequential, ROUNDS) if study else (run_batch_edit, ())
     here = run(_spec(tiny, tmp_path / "alone", *more))
