@@ -50,6 +50,21 @@ class EditPrompts:
     relation: str | None = None
 
 
+@dataclass(frozen=True)
+class FactPrompts:
+    """What is asked about a fact whose neurons are looked for.
+
+    Attributes:
+        prompts: token ids of every prompt that the answer follows; the bare one first.
+        old: token ids of the answer that the model gives; None leaves it to the model.
+        new: those of the answer that it shall give.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    old: tuple[int, ...] | None
+    new: tuple[int, ...]
+
+
 @contextmanager
 def _collector_at_rest() -> Iterator[None]:
     """Keep Python's garbage collector still for a while.
@@ -104,6 +119,39 @@ def tokenize_edits(
             requests[i].relation_id,
         )
         for i, target in enumerate(targets)
+    ]
+
+
+def tokenize_fact_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence["EditRequest"],
+    contexts: Sequence[str],
+    *,
+    paraphrases: bool,
+    with_old: bool,
+) -> list[FactPrompts]:
+    """Tokenise what is asked about each request's fact.
+
+    Args:
+        paraphrases: ask `paraphrase_prompts` beside the prompt behind every context.
+        with_old: take `target_true`, which every request has, for the answer given.
+
+    Raises:
+        InputError: a subject or a target has no token of its own in this tokenizer.
+    """
+    edits = tokenize_edits(tokenizer, requests, contexts)
+    asked = [request.paraphrase_prompts if paraphrases else () for request in requests]
+    other = iter(token_ids(tokenizer, [text for texts in asked for text in texts]))
+    old: Sequence[tuple[int, ...] | None] = [None] * len(edits)
+    if with_old:
+        old = encode_targets(tokenizer, [str(request.target_true) for request in requests])
+    return [
+        FactPrompts(
+            (*(row.ids for row in edit.rewrites), *(tuple(next(other)) for _ in texts)),
+            answer,
+            edit.target,
+        )
+        for edit, texts, answer in zip(edits, asked, old, strict=True)
     ]
 
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from pipeline.adapter_files import save_edited
+from pipeline.cluster.neuron_tables import attribution_rows
 from pipeline.editing.covariance import GramSums, gram_sums
 from pipeline.editing.gradients import Factors, TargetGradients
 from pipeline.editing.keys import KeyWave
+from pipeline.editing.knowledge_neurons import NeuronEdit
 from pipeline.editing.memory import edits_that_fit, free_bytes
 from pipeline.editing.update import Change, EditedWeights, Update
 from pipeline.editing.values import FoundValue
@@ -26,7 +28,7 @@ from pipeline.errors import DivergedError, InputError, WeightVersionMismatchErro
 from pipeline.evaluation import general, metrics
 from pipeline.evaluation.asking import continuations_of, scores_of
 from pipeline.evaluation.probes import Probe
-from pipeline.methods import ClosedForm, GradientMethod, build_method
+from pipeline.methods import ClosedForm, GradientMethod, KnowledgeNeurons, build_method
 from pipeline.models.editable import EditableModel, resolve_devices
 from pipeline.models.loading import (
     fingerprint,
@@ -34,7 +36,14 @@ from pipeline.models.loading import (
     load_model,
     load_tokenizer,
 )
-from pipeline.prompts import EditPrompts, generate_contexts, token_ids, tokenize_edits
+from pipeline.prompts import (
+    EditPrompts,
+    encode_targets,
+    generate_contexts,
+    token_ids,
+    tokenize_edits,
+    tokenize_fact_prompts,
+)
 from pipeline.requests import EditRequest, quote
 from pipeline.results.schemas import conform
 from pipeline.spec import JobSpec, ModelSpec
@@ -285,6 +294,62 @@ class EditWorker:
                 tuple(ruined),
             )
         return len(requests), factors
+
+    def attribute(
+        self, requests: Sequence[EditRequest], *, version: int, round: int
+    ) -> tuple[pa.Table, dict[str, str]]:
+        """Look for the neurons of facts: rows of attributions/, and case_id -> why there are none.
+
+        What is asked for is a request's `target_true`, or what the model answers
+        (`method.kn.old_answer`).
+        """
+        self._require(version)
+        settings, asked = self._locating.spec.kn, list(requests)
+        failed: dict[str, str] = {}
+        if with_old := settings.old_answer == "target_true":
+            reason = "it has no target_true; method.kn.old_answer: argmax takes the model's answer"
+            failed = {r.case_id: reason for r in asked if r.target_true is None}
+            asked = [request for request in asked if request.case_id not in failed]
+        facts = tokenize_fact_prompts(
+            self.tokenizer,
+            asked,
+            self.contexts,
+            paraphrases=settings.paraphrases,
+            with_old=with_old,
+        )
+        most = TOKENS_PER_BACKWARD[self.model.input_device.type]
+        found = list(self._locating.find(self.model, facts, most))
+        reason = "no neuron has a positive, finite attribution"
+        failed |= {
+            request.case_id: reason
+            for request, candidates in zip(asked, found, strict=True)
+            if not candidates.neurons
+        }
+        return attribution_rows(self.tokenizer, asked, found, round), failed
+
+    def change_neurons(
+        self,
+        layer: int,
+        requests: Sequence[EditRequest],
+        neurons: Sequence[tuple[int, ...]],
+        answers: Sequence[tuple[int, ...]],
+        *,
+        version: int,
+    ) -> Update:
+        """The update of a layer in which each request's neurons, and no others, change.
+
+        Args:
+            answers: token ids of the requests' old answers.
+        """
+        self._require(version)
+        new = encode_targets(self.tokenizer, [request.target_new for request in requests])
+        edits = [NeuronEdit(*one) for one in zip(neurons, answers, new, strict=True)]
+        return self._locating.update(self.weights, layer, edits)
+
+    @property
+    def _locating(self) -> KnowledgeNeurons:
+        assert isinstance(self.method, KnowledgeNeurons), "this method looks for no neurons"
+        return self.method
 
     def wrap_update(self, layer: int, update: Update, *, version: int) -> Update:
         """What the method's wrappers make of an update, before it is applied."""

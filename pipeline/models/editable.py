@@ -78,6 +78,12 @@ class EditableModel:
         return tuple(dict.fromkeys((self.input_device, *blocks, self.output_device)))
 
     @property
+    def output_embeddings(self) -> Tensor:
+        """What the final hidden state is multiplied by: (v, d), a row a token."""
+        weight: Tensor = self.unembedding.weight  # type: ignore[assignment]
+        return weight.data
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    attribution,
     covariance,
     evaluation,
     gpu,
@@ -76,6 +77,12 @@ def test_evaluation(model: list[str]) -> None:
     row = evaluation.main([*model, "--edits", "3", "--plain-probes", "4"])
     assert row["largest_difference"] < 1e-4
     assert row["same_texts"] == 1.0
+
+
+def test_attribution(model: list[str]) -> None:
+    row = attribution.main([*model, "--edits", "1", "--steps", "2"])
+    assert row["largest_relative_difference"] < 1e-4
+    assert row["ratio"] > 0 and row["gigaflops"] > 0
 
 
 def test_tracing(model: list[str]) -> None:

@@ -129,6 +129,18 @@ def test_studies_are_planned_one_by_one_and_added_up(
     assert [run.path.name for run in runs] == labels, "a planned study begins in its directory"
 
 
+def test_looking_for_neurons_is_planned_by_its_steps(tiny: TinyJobs, tmp_path: Path) -> None:
+    def found(steps: int) -> Estimate:
+        changes = ("method.name=kn", "method.layers=null", f"method.kn.steps={steps}")
+        return make_estimate(make_plan(tiny.spec(tmp_path, *changes)), rate=1e7, workers=(1,))
+
+    once, often = found(10), found(100)
+    assert set(often.seconds[1]) == {"start", "baseline", "attribution", "insertion", "evaluation"}
+    assert 6 < often.seconds[1]["attribution"] / once.seconds[1]["attribution"] < 10
+    assert set(often.stored) == {"edits", "metrics", "attributions", "update"}
+    assert once.moved == often.moved and once.moved.keys == 0
+
+
 def test_a_gradient_method_is_planned_by_its_epochs(tiny: TinyJobs, tmp_path: Path) -> None:
     def found(epochs: int) -> Estimate:
         changes = ("method.name=ft", f"method.ft={{epochs: {epochs}, batch_size: 5}}")
