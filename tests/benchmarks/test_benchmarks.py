@@ -106,7 +106,7 @@ def test_scaling(model: list[str], tiny: TinyJobs) -> None:
     for phase in ("values", "insertion"):
         assert row[f"{phase}_seconds_64"] < row[f"{phase}_seconds_2"] < row[f"{phase}_seconds_1"]
     # So few probes are one shard.
-    assert row["evaluation_seconds_64"] == pytest.approx(row["evaluation_seconds_1"]) > 0
+    assert row["evaluation_seconds_64"] == pytest.approx(row["evaluation_seconds_1"])
 
 
 def test_scaling_of_shapes(tmp_path: Path) -> None:
