@@ -14,8 +14,9 @@ from pipeline.methods.nas import mean_length
 from pipeline.methods.pmet import Pmet
 from pipeline.methods.rome import Rome
 from pipeline.methods.settings import resolve_settings, value_settings
+from pipeline.methods.trainable import Trainable
 from pipeline.methods.ultraedit import UltraEdit
-from pipeline.spec import MethodSpec
+from pipeline.spec import JobSpec, MethodSpec
 
 CLOSED_FORM: dict[str, type[ClosedForm]] = {
     "memit": Memit,
@@ -27,12 +28,16 @@ CLOSED_FORM: dict[str, type[ClosedForm]] = {
 }
 GRADIENT: dict[str, type[GradientMethod]] = {"ft": FineTuning, "ultraedit": UltraEdit}
 
+TRAINABLE: dict[str, type[Trainable]] = {}
+"""Methods whose editor is trained before it edits."""
+
 UPDATE_WRAPPERS = frozenset({"rect", "prune"})
 """Wrappers that change updates after they are solved for (`Method.wrap`)."""
 
 __all__ = [
     "CLOSED_FORM",
     "GRADIENT",
+    "TRAINABLE",
     "UPDATE_WRAPPERS",
     "ClosedForm",
     "GradientMethod",
@@ -40,10 +45,12 @@ __all__ = [
     "build_closed_form",
     "build_gradient_method",
     "build_method",
+    "build_trainable",
     "check_batch",
     "first_of_each_value",
     "mean_length",
     "resolve_settings",
+    "resolve_training",
     "value_settings",
     "wraps_updates",
 ]
@@ -64,6 +71,28 @@ def build_gradient_method(spec: MethodSpec) -> GradientMethod:
     return GRADIENT[spec.name](spec)
 
 
+def build_trainable(spec: JobSpec) -> Trainable:
+    """Make what the training of an editor is of, from a resolved spec."""
+    return TRAINABLE[spec.method.name](spec)
+
+
+def resolve_training(spec: JobSpec) -> JobSpec:
+    """The spec with every setting of its training decided.
+
+    Raises:
+        InputError: the method has nothing to train.
+    """
+    if spec.method.name not in TRAINABLE:
+        raise InputError(
+            f"method.name: {spec.method.name} has no editor to train; take {' or '.join(TRAINABLE)}"
+        )
+    assert spec.train is not None
+    published = TRAINABLE[spec.method.name].published
+    given = spec.train.model_dump()
+    open_ = {name: value for name, value in published.items() if given[name] is None}
+    return spec.model_copy(update={"train": spec.train.model_copy(update=open_)})
+
+
 def wraps_updates(spec: MethodSpec) -> bool:
     """Whether a method changes updates after they are solved for (`Method.wrap`)."""
     return not UPDATE_WRAPPERS.isdisjoint(spec.wrappers)
@@ -73,8 +102,13 @@ def check_batch(spec: MethodSpec, num_edits: int) -> None:
     """Refuse a batch that is larger than the method takes.
 
     Raises:
-        InputError: it is.
+        InputError: it is, or the method lacks an editor.
     """
+    if spec.trained is not None and spec.trained.editor is None:
+        raise InputError(
+            f"method.{spec.name}.editor: {spec.name} edits with an editor that is trained first;"
+            " train one with `editfleet train SPEC` and name its directory (RUN/editor)"
+        )
     if spec.name == "rome" and num_edits > 1:
         raise InputError(
             f"method.name: rome writes one edit at a time, and there are {num_edits} requests;"

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.setting_types import Finite, NonNegative, Positive, Text
 from pipeline.spec.part import Part
+from pipeline.spec.trained import KnowledgeEditorSpec, MalmenSpec, MendSpec, TrainedSpec
 
 
 class ValueSpec(Part):
@@ -35,9 +36,19 @@ class ValueSpec(Part):
 
 
 MethodName = Literal[
-    "memit", "memit_accumulated", "emmet", "pmet", "alphaedit", "rome", "ft", "ultraedit"
+    "memit",
+    "memit_accumulated",
+    "emmet",
+    "pmet",
+    "alphaedit",
+    "rome",
+    "ft",
+    "ultraedit",
+    "mend",
+    "malmen",
+    "ke",
 ]
-GRADIENT_METHODS = frozenset({"ft", "ultraedit"})
+GRADIENT_METHODS = frozenset({"ft", "ultraedit", "mend", "malmen", "ke"})
 """Methods that make updates from gradients of the target's loss, without values and covariances."""
 Wrapper = Literal["merge", "nas", "rect", "prune", "blue"]
 
@@ -137,8 +148,8 @@ class MethodSpec(Part):
     """How to edit. Settings left null come from the model's published defaults."""
 
     name: MethodName = "memit"
-    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft or ultraedit;
-    docs/methods.md."""
+    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft, ultraedit, mend,
+    malmen or ke; docs/methods.md."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is put around it, in this order: merge and nas on values; rect and prune on updates;
     blue, wherever it stands, on the layers."""
@@ -166,6 +177,19 @@ class MethodSpec(Part):
     prune: PruneSpec = PruneSpec()
     ft: FineTuningSpec = FineTuningSpec()
     ultraedit: UltraEditSpec = UltraEditSpec()
+    mend: MendSpec = MendSpec()
+    malmen: MalmenSpec = MalmenSpec()
+    ke: KnowledgeEditorSpec = KnowledgeEditorSpec()
+
+    @property
+    def trained(self) -> TrainedSpec | None:
+        """The method's own settings, if its editor is trained first."""
+        own = getattr(self, self.name, None)
+        return own if isinstance(own, TrainedSpec) else None
+
+    def with_trained(self, own: TrainedSpec) -> "MethodSpec":
+        """The same with other settings of its own."""
+        return self.model_copy(update={self.name: own})
 
     @property
     def is_closed_form(self) -> bool:
