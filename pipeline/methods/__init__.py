@@ -7,6 +7,8 @@ from pipeline.methods.closed_form import ClosedForm
 from pipeline.methods.emmet import Emmet
 from pipeline.methods.fine_tuning import FineTuning
 from pipeline.methods.gradient import GradientMethod
+from pipeline.methods.hyper_training import TRAININGS
+from pipeline.methods.hypernetworks import TRAINED
 from pipeline.methods.memit import Memit
 from pipeline.methods.memit_accumulated import MemitAccumulated
 from pipeline.methods.merge import first_of_each_value
@@ -26,9 +28,13 @@ CLOSED_FORM: dict[str, type[ClosedForm]] = {
     "alphaedit": AlphaEdit,
     "rome": Rome,
 }
-GRADIENT: dict[str, type[GradientMethod]] = {"ft": FineTuning, "ultraedit": UltraEdit}
+GRADIENT: dict[str, type[GradientMethod]] = {
+    "ft": FineTuning,
+    "ultraedit": UltraEdit,
+    **TRAINED,
+}
 
-TRAINABLE: dict[str, type[Trainable]] = {}
+TRAINABLE: dict[str, type[Trainable]] = {**TRAININGS}
 """Methods whose editor is trained before it edits."""
 
 UPDATE_WRAPPERS = frozenset({"rect", "prune"})
@@ -109,8 +115,8 @@ def check_batch(spec: MethodSpec, num_edits: int) -> None:
             f"method.{spec.name}.editor: {spec.name} edits with an editor that is trained first;"
             " train one with `editfleet train SPEC` and name its directory (RUN/editor)"
         )
-    if spec.name == "rome" and num_edits > 1:
+    if spec.name in ("rome", "ke") and num_edits > 1:
         raise InputError(
-            f"method.name: rome writes one edit at a time, and there are {num_edits} requests;"
+            f"method.name: {spec.name} writes one edit at a time, and there are {num_edits} requests;"
             " take another method, requests.limit: 1, or a sequential study of one edit a round"
         )
