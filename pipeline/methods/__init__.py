@@ -117,6 +117,7 @@ def check_batch(spec: MethodSpec, num_edits: int) -> None:
         )
     if spec.name in ("rome", "ke") and num_edits > 1:
         raise InputError(
-            f"method.name: {spec.name} writes one edit at a time, and there are {num_edits} requests;"
-            " take another method, requests.limit: 1, or a sequential study of one edit a round"
+            f"method.name: {spec.name} writes one edit at a time, and there are {num_edits}"
+            " requests; take another method, requests.limit: 1, or a sequential study of one edit a"
+            " round"
         )

@@ -108,7 +108,7 @@ class HyperTrainable(Trainable):
 class MendTraining(HyperTrainable):
     """Each matrix's rate has a learning rate of its own."""
 
-    published = {
+    published: Mapping[str, Any] = {
         "batch_size": 2,
         "accumulate": 10,
         "learning_rate": 1e-6,

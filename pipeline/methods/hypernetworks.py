@@ -43,8 +43,8 @@ class TrainedMethod(GradientMethod):
         own = self.spec.trained
         assert own is not None and own.editor is not None and own.editor_sha256 is not None
         tensors = read_tensors(own.editor, own.editor_sha256)
-        outputs, inputs = next(iter(weights.values())).shape
-        width = tensors["separators"].shape[1] if "separators" in tensors else outputs
+        hidden_size = len(next(iter(weights.values())))
+        width = tensors["separators"].shape[1] if "separators" in tensors else hidden_size
         sizes = {layer: (weight.shape[0], weight.shape[1]) for layer, weight in weights.items()}
         network = self.network(sizes, width)
         network.load_state_dict(tensors)

@@ -95,12 +95,8 @@ class MalmenNetwork(HyperNetwork):
     def _system(self, factors: Factors, layer: int) -> tuple[RidgeSystem, Tensor]:
         """The normal equation of a layer, and its values (R, D) float64."""
         keys, gradients = counting_rows(factors, layer)
-        parts = [
-            self.values(
-                keys[start : start + ROWS_AT_ONCE], gradients[start : start + ROWS_AT_ONCE], layer
-            )
-            for start in range(0, len(keys), ROWS_AT_ONCE)
-        ]
+        pairs = zip(keys.split(ROWS_AT_ONCE), gradients.split(ROWS_AT_ONCE), strict=True)
+        parts = [self.values(*pair, layer) for pair in pairs]
         ridge = exp(float(self.log_ridges[str(layer)]))
         return RidgeSystem(keys.double(), ridge), torch.cat(parts).double()
 
