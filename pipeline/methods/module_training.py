@@ -146,7 +146,7 @@ class ModuleTrainer(Trainer):
             **_prefixed(_PARAMETERS, _copied(self.module.state_dict())),
             **_prefixed(_BEST, self._best),
             **{
-                f"{_OPTIMISER}{index}.{name}": tensor
+                f"{_OPTIMISER}{index}.{name}": tensor.detach().cpu().clone()
                 for index, entries in self.optimiser.state_dict()["state"].items()
                 for name, tensor in entries.items()
             },
