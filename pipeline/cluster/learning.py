@@ -102,8 +102,8 @@ def _begin_or_go_on(
     examples = Examples(plan)
     if store is not None:
         require_same_job(store, plan)
-        _drop_damaged(store, progress)
-        if _is_complete(store):
+        dropped = _drop_damaged(store, progress)
+        if not dropped and _is_complete(store):
             progress.say(f"{store.place} is complete; nothing is left to do")
             return RunResult(store.path, store.read_json("summary.json"), store.place)
         progress.say(f"{store.place}: going on with the run that was begun")
@@ -118,8 +118,8 @@ def _begin_or_go_on(
         engine.close()
 
 
-def _drop_damaged(store: RunStore, progress: PhaseProgress) -> None:
-    """Unlist damaged parts, and what came after the first damaged rows: they are made again."""
+def _drop_damaged(store: RunStore, progress: PhaseProgress) -> int:
+    """Unlist damaged parts, to be made again, and with rows all others; return how many."""
     lost = [part for part, _ in store.damaged()]
     for part in lost:
         progress.say(f"{part.name} is damaged and made again")
@@ -127,6 +127,7 @@ def _drop_damaged(store: RunStore, progress: PhaseProgress) -> None:
     rows = [part.shard for part in lost if part.shard is not None]
     for part in [*store.parts("checkpoint"), *store.parts("training")] if rows else []:
         store.withdraw(part)
+    return len(lost)
 
 
 def _is_complete(store: RunStore) -> bool:

@@ -67,6 +67,15 @@ class Factors:
             tuple(condition for part in parts for condition in part.conditions),
         )
 
+    def to(self, device: torch.device) -> "Factors":
+        """The same on a device; losses stay."""
+        return Factors(
+            self.losses,
+            {layer: keys.to(device) for layer, keys in self.keys.items()},
+            {layer: gradients.to(device) for layer, gradients in self.gradients.items()},
+            self.conditions,
+        )
+
     def matrix(self, layer: int) -> Tensor:
         """The gradient of the summed losses in a layer's weight, (D, F) float64."""
         return self.gradients[layer].double().T @ self.keys[layer].double()

@@ -41,6 +41,10 @@ class Moments:
         mean = rows.mean(dim=0)
         return cls(len(rows), mean, (rows - mean).square().sum(dim=0))
 
+    def to(self, device: torch.device | str) -> "Moments":
+        """The same on a device."""
+        return Moments(self.count, self.mean.to(device), self.squares.to(device))
+
     def merged(self, other: "Moments") -> "Moments":
         """Moments of both's rows."""
         count, apart = self.count + other.count, other.mean - self.mean

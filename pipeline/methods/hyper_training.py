@@ -221,6 +221,7 @@ class BatchLearner(Learner):
         self.network.load_state_dict(shared["network"])
         losses = EditLosses(self.trainable, self.weights, self.tokenizer, examples)
         factors = factors_of(self.trainable, self.weights, self.tokenizer, examples)
+        factors = factors.to(self.weights.model.device)
         seen = self.network.seen_in(factors) if learns else {}
         self.network.take(seen)
         with self.tried(factors):
@@ -229,7 +230,8 @@ class BatchLearner(Learner):
             measures, slopes = losses.slopes(shared["weights"])
         with torch.enable_grad():
             gradients = self.network.gradients(factors, slopes)
-        return Contribution(len(examples), measures, gradients, seen)
+        rows = {name: moments.to("cpu") for name, moments in seen.items()}
+        return Contribution(len(examples), measures, gradients, rows)
 
     @contextmanager
     def tried(self, factors: Factors) -> Iterator[None]:

@@ -4,6 +4,7 @@ Published, they edit the up-projections of an MLP as well as the down-projection
 methods, the down-projections of `layers`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -24,9 +25,10 @@ from pipeline.prompts import EditPrompts
 from pipeline.spec import MethodSpec
 
 
-class TrainedMethod(GradientMethod):
+class TrainedMethod(GradientMethod, ABC):
     """A round's edits become updates in one step of the trained network."""
 
+    @abstractmethod
     def network(self, sizes: Sizes, width: int, seed: int = 0) -> HyperNetwork:
         """The network, untrained.
 
@@ -35,7 +37,6 @@ class TrainedMethod(GradientMethod):
             width: of the model's token embeddings.
             seed: draws its parameters.
         """
-        raise NotImplementedError
 
     def begin(
         self, weights: Mapping[int, Tensor], pristine: Mapping[int, Tensor], state: State | None
