@@ -30,6 +30,7 @@ _PLACES = {
     "run_covariance": "pipeline.cluster.run",
     "run_harness": "pipeline.harness",
     "run_sequential": "pipeline.cluster.run",
+    "run_training": "pipeline.cluster.learning",
     "unedit": "pipeline.unediting",
     "write_report": "pipeline.report.page",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "run_covariance",
     "run_harness",
     "run_sequential",
+    "run_training",
     "unedit",
     "write_report",
 ]

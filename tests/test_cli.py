@@ -460,6 +460,7 @@ def test_help_names_every_command(cli: Cli) -> None:
         "export",
         "unedit",
         "trace",
+        "train",
         "factworld",
     ):
         assert re.search(rf"\b{command}\b", result.out)

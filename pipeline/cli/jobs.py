@@ -144,6 +144,27 @@ def trace(spec: SpecPath, overrides: Overrides = None, restart: Restart = False)
 
 
 @app.command()
+def train(spec: SpecPath, overrides: Overrides = None, restart: Restart = False) -> None:
+    """Train the editor of a method that needs one (docs/training.md), and leave it in RUN/editor.
+
+    A training that is there already goes on from its last checkpoint.
+    """
+    from pipeline.cluster.learning import run_training
+    from pipeline.report.training_summary import training_tables
+
+    job, how_to_resume = _job(spec, overrides, False, restart)
+    console = make_console()
+    with _resumable(job, how_to_resume):
+        result = run_training(job, console=console)
+    console.print(training_tables(result.summary))
+    how = f"editfleet report {result.place}"
+    with raising_stopped(f"the run is finished; `{how}` reports on it"):
+        is_reported = write_reports([result.path], console, result.place, how)
+    print_line(console, f"run directory: {result.place}")
+    leave([result.counts], is_reported)
+
+
+@app.command()
 def plan(
     spec: SpecPath,
     overrides: Overrides = None,

@@ -21,9 +21,13 @@ def summary(run: RunPlace) -> None:
     from pipeline.report.study_summary import study_tables
     from pipeline.report.summary import summary_tables
     from pipeline.report.trace_summary import trace_tables
+    from pipeline.report.training_summary import training_tables
     from pipeline.results import read
 
     found = read(run).summary
+    if "training" in found:
+        make_console().print(training_tables(found))
+        return
     if "trace" in found:
         make_console().print(trace_tables(found))
         return

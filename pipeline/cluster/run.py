@@ -125,6 +125,11 @@ def _run(
             "trace: the spec is that of causal tracing; run it with `editfleet trace`, or set trace"
             " to null to edit"
         )
+    if spec.train is not None:
+        raise InputError(
+            "train: the spec is that of a training; run it with `editfleet train`, or set train to"
+            " null to edit"
+        )
     if restart:
         spec = spec.at(next_free_place(spec.place))
     progress = PhaseProgress(console)

@@ -43,6 +43,7 @@ from pipeline.cluster.sharing import Sharing, take_over, unedited_key, values_ke
 from pipeline.cluster.training import Training
 from pipeline.cluster.value_search import search_values, without
 from pipeline.cluster.worker import WorkerDescription
+from pipeline.editors import require_own_editor
 from pipeline.errors import DivergedError, JobFailedError
 from pipeline.methods import build_gradient_method, build_locating_method, build_method
 from pipeline.requests import EditRequest
@@ -98,6 +99,7 @@ class Study:
     def _run(self) -> dict[str, Any]:
         """Reads like the picture in docs/design.md."""
         worker: WorkerDescription = self.scheduler.call("describe")
+        require_own_editor(self.plan.spec.method, worker.fingerprint)
         covariances = self._covariances(worker)
         store = self._begin(worker, covariances)
         if self.plan.spec.evaluation.baseline:

@@ -76,7 +76,7 @@ def run_trace(
 
 def _for_tracing(spec: JobSpec) -> JobSpec:
     """The job without what only editing needs, so that none of it decides."""
-    for group in ("rounds", "compare"):
+    for group in ("rounds", "compare", "train"):
         if getattr(spec, group) is not None:
             raise InputError(f"{group}: tracing has none; set {group} to null")
     chosen: dict[str, Any] = {

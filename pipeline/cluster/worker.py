@@ -28,7 +28,14 @@ from pipeline.errors import DivergedError, InputError, WeightVersionMismatchErro
 from pipeline.evaluation import general, metrics
 from pipeline.evaluation.asking import continuations_of, scores_of
 from pipeline.evaluation.probes import Probe
-from pipeline.methods import ClosedForm, GradientMethod, KnowledgeNeurons, build_method
+from pipeline.methods import (
+    ClosedForm,
+    GradientMethod,
+    KnowledgeNeurons,
+    build_method,
+    build_trainable,
+)
+from pipeline.methods.trainable import Contribution, Learner
 from pipeline.models.editable import EditableModel, resolve_devices
 from pipeline.models.loading import (
     fingerprint,
@@ -129,6 +136,7 @@ class EditWorker:
         self._waves_of = 0
         self._laid_out: dict[tuple[str, ...], TargetGradients] = {}
         self._laid_out_of: tuple[int, ...] = ()
+        self._learner: Learner | None = None
         self._max_tokens = TOKENS_PER_BATCH[self.model.input_device.type]
 
     def describe(self) -> WorkerDescription:
@@ -350,6 +358,19 @@ class EditWorker:
     def _locating(self) -> KnowledgeNeurons:
         assert isinstance(self.method, KnowledgeNeurons), "this method looks for no neurons"
         return self.method
+
+    def contribute(
+        self, items: Sequence[Any], number: int, shared: Any, *, learns: bool, version: int
+    ) -> tuple[int, Contribution]:
+        """Say what some examples want of an editor that is trained; arguments as of `Learner`.
+
+        Returns:
+            How many items, and what they want.
+        """
+        self._require(version)
+        if self._learner is None:
+            self._learner = build_trainable(self.spec).learner(self.weights, self.tokenizer)
+        return len(items), self._learner.contribute(items, number, shared, learns=learns)
 
     def wrap_update(self, layer: int, update: Update, *, version: int) -> Update:
         """What the method's wrappers make of an update, before it is applied."""

@@ -7,6 +7,8 @@ from pipeline.methods.closed_form import ClosedForm
 from pipeline.methods.emmet import Emmet
 from pipeline.methods.fine_tuning import FineTuning
 from pipeline.methods.gradient import GradientMethod
+from pipeline.methods.hyper_training import TRAININGS
+from pipeline.methods.hypernetworks import TRAINED
 from pipeline.methods.knowledge_neurons import KnowledgeNeurons
 from pipeline.methods.memit import Memit
 from pipeline.methods.memit_accumulated import MemitAccumulated
@@ -15,8 +17,9 @@ from pipeline.methods.nas import mean_length
 from pipeline.methods.pmet import Pmet
 from pipeline.methods.rome import Rome
 from pipeline.methods.settings import resolve_settings, value_settings
+from pipeline.methods.trainable import Trainable
 from pipeline.methods.ultraedit import UltraEdit
-from pipeline.spec import MethodSpec
+from pipeline.spec import JobSpec, MethodSpec
 
 CLOSED_FORM: dict[str, type[ClosedForm]] = {
     "memit": Memit,
@@ -26,8 +29,15 @@ CLOSED_FORM: dict[str, type[ClosedForm]] = {
     "alphaedit": AlphaEdit,
     "rome": Rome,
 }
-GRADIENT: dict[str, type[GradientMethod]] = {"ft": FineTuning, "ultraedit": UltraEdit}
+GRADIENT: dict[str, type[GradientMethod]] = {
+    "ft": FineTuning,
+    "ultraedit": UltraEdit,
+    **TRAINED,
+}
 LOCATING: dict[str, type[KnowledgeNeurons]] = {"kn": KnowledgeNeurons}
+
+TRAINABLE: dict[str, type[Trainable]] = {**TRAININGS}
+"""Methods whose editor is trained before it edits."""
 
 UPDATE_WRAPPERS = frozenset({"rect", "prune"})
 """Wrappers that change updates after they are solved for (`Method.wrap`)."""
@@ -36,6 +46,7 @@ __all__ = [
     "CLOSED_FORM",
     "GRADIENT",
     "LOCATING",
+    "TRAINABLE",
     "UPDATE_WRAPPERS",
     "ClosedForm",
     "GradientMethod",
@@ -45,10 +56,12 @@ __all__ = [
     "build_gradient_method",
     "build_locating_method",
     "build_method",
+    "build_trainable",
     "check_batch",
     "first_of_each_value",
     "mean_length",
     "resolve_settings",
+    "resolve_training",
     "value_settings",
     "wraps_updates",
 ]
@@ -76,6 +89,28 @@ def build_locating_method(spec: MethodSpec) -> KnowledgeNeurons:
     return LOCATING[spec.name](spec)
 
 
+def build_trainable(spec: JobSpec) -> Trainable:
+    """Make what the training of an editor is of, from a resolved spec."""
+    return TRAINABLE[spec.method.name](spec)
+
+
+def resolve_training(spec: JobSpec) -> JobSpec:
+    """The spec with every setting of its training decided.
+
+    Raises:
+        InputError: the method has nothing to train.
+    """
+    if spec.method.name not in TRAINABLE:
+        raise InputError(
+            f"method.name: {spec.method.name} has no editor to train; take {' or '.join(TRAINABLE)}"
+        )
+    assert spec.train is not None
+    published = TRAINABLE[spec.method.name].published
+    given = spec.train.model_dump()
+    open_ = {name: value for name, value in published.items() if given[name] is None}
+    return spec.model_copy(update={"train": spec.train.model_copy(update=open_)})
+
+
 def wraps_updates(spec: MethodSpec) -> bool:
     """Whether a method changes updates after they are solved for (`Method.wrap`)."""
     return not UPDATE_WRAPPERS.isdisjoint(spec.wrappers)
@@ -85,10 +120,16 @@ def check_batch(spec: MethodSpec, num_edits: int) -> None:
     """Refuse a batch that is larger than the method takes.
 
     Raises:
-        InputError: it is.
+        InputError: it is, or the method lacks an editor.
     """
-    if spec.name == "rome" and num_edits > 1:
+    if spec.trained is not None and spec.trained.editor is None:
         raise InputError(
-            f"method.name: rome writes one edit at a time, and there are {num_edits} requests;"
-            " take another method, requests.limit: 1, or a sequential study of one edit a round"
+            f"method.{spec.name}.editor: {spec.name} edits with an editor that is trained first;"
+            " train one with `editfleet train SPEC` and name its directory (RUN/editor)"
+        )
+    if spec.name in ("rome", "ke") and num_edits > 1:
+        raise InputError(
+            f"method.name: {spec.name} writes one edit at a time, and there are {num_edits}"
+            " requests; take another method, requests.limit: 1, or a sequential study of one edit a"
+            " round"
         )

@@ -8,6 +8,7 @@ import torch
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.tree import groups_of
+from pipeline.errors import InputError
 from pipeline.methods import build_gradient_method
 from pipeline.models.editable import resolve_device
 from pipeline.models.loading import load_tokenizer
@@ -73,6 +74,8 @@ def make_estimate(
         workers: numbers of workers to estimate for; the first one sets the memory.
     """
     spec, (device, _) = plan.spec, resolve_device()
+    if spec.train is not None:
+        raise InputError("train: trainings are not estimated; set train to null to plan an edit")
     model, tokenizer = outline(spec.model, device=device), load_tokenizer(spec.model)
     edits = sample_edits(plan, tokenizer)
     taken = expected_steps(spec) if steps is None else steps

@@ -131,7 +131,8 @@ def _parts(status: RunStatus) -> Iterator[str | Table]:
     yield from (f"damaged: {line}" for line in status.damaged)
     if status.state not in ("finished", "running"):
         command = "edit" if status.begun.spec.get("rounds") is None else "sequential"
-        command = "trace" if status.begun.spec.get("trace") is not None else command
+        for other in ("trace", "train"):
+            command = other if status.begun.spec.get(other) is not None else command
         yield f"`editfleet {command}` with the same spec goes on with this run"
 
 
@@ -148,6 +149,11 @@ def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
 
     if spec.trace is not None:
         return (of_parts("trace", "trace", [-1], begun.plan.shards),)
+    if spec.train is not None:
+        steps = max((part.round for part in store.parts("checkpoint")), default=0)
+        # Early stopping leaves none to do.
+        total = steps if begun.status == "finished" else spec.train.steps
+        return (Phase("training", steps, total, "steps"),)
     assert spec.method.layers is not None
     updates, probe_shards = len(store.parts("update")), begun.plan.probe_shards
     value_shards = begun.plan.shards * len(spec.method.stages)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 TableKind = Literal[
     "edits", "values", "metrics", "general", "trace", "training", "attributions", "neurons"
 ]
-TensorKind = Literal["update", "keys", "state"]
+TensorKind = Literal["update", "keys", "state", "checkpoint"]
 Kind = Literal[
     "edits",
     "values",
@@ -29,6 +29,7 @@ Kind = Literal[
     "state",
     "attributions",
     "neurons",
+    "checkpoint",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _TENSOR_KINDS: tuple[TensorKind, ...] = get_args(TensorKind)
@@ -47,7 +48,10 @@ def table_part_name(kind: TableKind, round: int, shard: int) -> str:
 
 
 def tensors_name(kind: TensorKind, round: int, layer: int) -> str:
-    """Name of a layer's update, of its keys and residuals, or of a round's state."""
+    """Name of a layer's update, of its keys and residuals, of a round's state, of a checkpoint.
+
+    A checkpoint has the number of its steps for a round, and layer 0.
+    """
     if kind == "update":
         return f"updates/round={round:05d}/layer-{layer:05d}.safetensors"
     return f"{kind}/round={round:05d}/layer={layer:03d}.safetensors"
@@ -58,8 +62,8 @@ class Part(BaseModel):
 
     A Parquet part has `rows`, `shard` and `weight_version` (how many updates the model held), and
     `failed`: the requests of its shard that have no row because they failed, case_id -> reason.
-    An update has `layer`, and so have keys and states. A line with `withdrawn` unlists the name
-    again.
+    An update has `layer`, and so have keys, states and checkpoints. A line with `withdrawn`
+    unlists the name again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

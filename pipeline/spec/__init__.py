@@ -16,6 +16,7 @@ from pipeline.spec.loading import load_spec, parse_spec
 from pipeline.spec.method import MethodSpec, ValueSpec
 from pipeline.spec.rounds import RoundsSpec
 from pipeline.spec.trace import TraceSpec
+from pipeline.spec.train import TrainSpec
 
 __all__ = [
     "ClusterSpec",
@@ -31,6 +32,7 @@ __all__ = [
     "RequestsSpec",
     "RoundsSpec",
     "TraceSpec",
+    "TrainSpec",
     "ValueSpec",
     "load_spec",
     "parse_spec",

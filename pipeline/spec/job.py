@@ -22,6 +22,7 @@ from pipeline.spec.method import MethodSpec
 from pipeline.spec.part import Part
 from pipeline.spec.rounds import RoundsSpec
 from pipeline.spec.trace import TraceSpec
+from pipeline.spec.train import TrainSpec
 
 _LONGEST_SHOWN = 200
 
@@ -46,6 +47,8 @@ class JobSpec(Part):
     the spec describes."""
     trace: TraceSpec | None = None
     """Causal tracing (`editfleet trace`), which edits nothing; null in every other job."""
+    train: TrainSpec | None = None
+    """Training of an editor (`editfleet train`), which edits nothing; null in every other job."""
     output: OutputSpec = OutputSpec()
     seed: Seed = 0
     """Seed of everything that is drawn: generated contexts, the covariance's texts."""

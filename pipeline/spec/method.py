@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.setting_types import Finite, NonNegative, Positive, Text
 from pipeline.spec.part import Part
+from pipeline.spec.trained import KnowledgeEditorSpec, MalmenSpec, MendSpec, TrainedSpec
 
 
 class ValueSpec(Part):
@@ -35,9 +36,20 @@ class ValueSpec(Part):
 
 
 MethodName = Literal[
-    "memit", "memit_accumulated", "emmet", "pmet", "alphaedit", "rome", "ft", "ultraedit", "kn"
+    "memit",
+    "memit_accumulated",
+    "emmet",
+    "pmet",
+    "alphaedit",
+    "rome",
+    "ft",
+    "ultraedit",
+    "kn",
+    "mend",
+    "malmen",
+    "ke",
 ]
-GRADIENT_METHODS = frozenset({"ft", "ultraedit"})
+GRADIENT_METHODS = frozenset({"ft", "ultraedit", "mend", "malmen", "ke"})
 """Methods that make updates from gradients of the target's loss, without values and covariances."""
 LOCATING_METHODS = frozenset({"kn"})
 """Methods that look for the neurons of every fact, and change those alone."""
@@ -188,8 +200,8 @@ class MethodSpec(Part):
     """How to edit. Settings left null come from the model's published defaults."""
 
     name: MethodName = "memit"
-    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft, ultraedit or kn;
-    docs/methods.md."""
+    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft, ultraedit, kn,
+    mend, malmen or ke; docs/methods.md."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is put around it, in this order: merge and nas on values; rect and prune on updates;
     blue, wherever it stands, on the layers."""
@@ -218,6 +230,19 @@ class MethodSpec(Part):
     ft: FineTuningSpec = FineTuningSpec()
     ultraedit: UltraEditSpec = UltraEditSpec()
     kn: KnowledgeNeuronsSpec = KnowledgeNeuronsSpec()
+    mend: MendSpec = MendSpec()
+    malmen: MalmenSpec = MalmenSpec()
+    ke: KnowledgeEditorSpec = KnowledgeEditorSpec()
+
+    @property
+    def trained(self) -> TrainedSpec | None:
+        """The method's own settings, if its editor is trained first."""
+        own = getattr(self, self.name, None)
+        return own if isinstance(own, TrainedSpec) else None
+
+    def with_trained(self, own: TrainedSpec) -> "MethodSpec":
+        """The same with other settings of its own."""
+        return self.model_copy(update={self.name: own})
 
     @property
     def is_closed_form(self) -> bool:

@@ -31,7 +31,7 @@ def test_columns_are_the_public_contract() -> None:
         "general": "round measure layer value count",
         "trace": "round case_id kind token token_text token_class layer window samples answer "
         "clean corrupted restored effect",
-        "training": "round epoch step edits loss seconds",
+        "training": "round epoch step edits loss seconds split edit_loss locality_loss success",
         "attributions": "round case_id layer neuron attribution agreeing prompts answer answer_ids",
         "neurons": "round case_id layer neuron attribution shared_by is_edited",
         "harness": "round task metric filter unedited unedited_stderr edited edited_stderr "
