@@ -1,13 +1,16 @@
 """The reducer: merges shards of keys and residuals into one layer's update."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from pipeline.editing.calibration import BankGradients
 from pipeline.editing.descent import Step
 from pipeline.editing.equations import ManyEdits, NormalEquations, Penalty
 from pipeline.editing.gradients import Factors
 from pipeline.editing.sums import Sums
-from pipeline.editing.update import Update
+from pipeline.editing.update import Change, Update
 from pipeline.methods import ClosedForm, GradientMethod, build_method
 from pipeline.methods.gradient import Making, State
 from pipeline.models.editable import resolve_device
@@ -36,7 +39,7 @@ class Reducer:
         self._penalties: dict[int, Penalty] = {}
         self._equations: NormalEquations | None = None
         self._making: Making | None = None
-        self._waiting: dict[int, tuple[Tensor, Tensor] | Sums | Factors] = {}
+        self._waiting: dict[int, tuple[Tensor, Tensor] | Sums | Factors | BankGradients] = {}
         self._next = 0
 
     def begin(
@@ -81,7 +84,7 @@ class Reducer:
         self._waiting.clear()
         self._next = 0
 
-    def add(self, order: int, part: tuple[Tensor, Tensor] | Sums | Factors) -> None:
+    def add(self, order: int, part: tuple[Tensor, Tensor] | Sums | Factors | BankGradients) -> None:
         """Take the keys and residuals, sums, or factors of the part at this place (from 0)."""
         self._waiting[order] = part
         while self._next in self._waiting:
@@ -107,13 +110,13 @@ class Reducer:
         self._next = 0
         return self._making.step()
 
-    def finish_round(self) -> tuple[dict[int, Update], State]:
+    def finish_round(self) -> tuple[Mapping[int, Change], State]:
         """The updates of a gradient method's round, and what the next one has to know."""
         assert self._making is not None, "begin a round first"
         return self._making.finish()
 
-    def _take(self, part: tuple[Tensor, Tensor] | Sums | Factors) -> None:
-        if isinstance(part, Factors):
+    def _take(self, part: tuple[Tensor, Tensor] | Sums | Factors | BankGradients) -> None:
+        if isinstance(part, Factors | BankGradients):
             assert self._making is not None, "begin a round first"
             self._making.add(part)
             return

@@ -125,6 +125,11 @@ def _run(
             "trace: the spec is that of causal tracing; run it with `editfleet trace`, or set trace"
             " to null to edit"
         )
+    if spec.assess is not None:
+        raise InputError(
+            "assess: the spec is that of an assessment; run it with `editfleet assess`, or set"
+            " assess to null to edit"
+        )
     if restart:
         spec = spec.at(next_free_place(spec.place))
     progress = PhaseProgress(console)

@@ -1,8 +1,10 @@
 """Editing methods: each says how the parts of the editing core combine."""
 
 from pipeline.errors import InputError
+from pipeline.methods.adapter import AdapterMethod, Made, Scene, join, seed_of
 from pipeline.methods.alphaedit import AlphaEdit
 from pipeline.methods.base import Method
+from pipeline.methods.calinet import CaliNet
 from pipeline.methods.closed_form import ClosedForm
 from pipeline.methods.emmet import Emmet
 from pipeline.methods.fine_tuning import FineTuning
@@ -14,6 +16,7 @@ from pipeline.methods.nas import mean_length
 from pipeline.methods.pmet import Pmet
 from pipeline.methods.rome import Rome
 from pipeline.methods.settings import resolve_settings, value_settings
+from pipeline.methods.t_patcher import TPatcher
 from pipeline.methods.ultraedit import UltraEdit
 from pipeline.spec import MethodSpec
 
@@ -25,25 +28,37 @@ CLOSED_FORM: dict[str, type[ClosedForm]] = {
     "alphaedit": AlphaEdit,
     "rome": Rome,
 }
-GRADIENT: dict[str, type[GradientMethod]] = {"ft": FineTuning, "ultraedit": UltraEdit}
+GRADIENT: dict[str, type[GradientMethod]] = {
+    "ft": FineTuning,
+    "ultraedit": UltraEdit,
+    "calinet": CaliNet,
+}
+ADAPTER: dict[str, type[AdapterMethod]] = {"t_patcher": TPatcher}
 
 UPDATE_WRAPPERS = frozenset({"rect", "prune"})
 """Wrappers that change updates after they are solved for (`Method.wrap`)."""
 
 __all__ = [
+    "ADAPTER",
     "CLOSED_FORM",
     "GRADIENT",
     "UPDATE_WRAPPERS",
+    "AdapterMethod",
     "ClosedForm",
     "GradientMethod",
+    "Made",
     "Method",
+    "Scene",
+    "build_adapter_method",
     "build_closed_form",
     "build_gradient_method",
     "build_method",
     "check_batch",
     "first_of_each_value",
+    "join",
     "mean_length",
     "resolve_settings",
+    "seed_of",
     "value_settings",
     "wraps_updates",
 ]
@@ -51,6 +66,8 @@ __all__ = [
 
 def build_method(spec: MethodSpec) -> Method:
     """Make the method that a resolved spec names."""
+    if spec.is_piecewise:
+        return build_adapter_method(spec)
     return build_closed_form(spec) if spec.is_closed_form else build_gradient_method(spec)
 
 
@@ -62,6 +79,11 @@ def build_closed_form(spec: MethodSpec) -> ClosedForm:
 def build_gradient_method(spec: MethodSpec) -> GradientMethod:
     """The same for one that works on gradients."""
     return GRADIENT[spec.name](spec)
+
+
+def build_adapter_method(spec: MethodSpec) -> AdapterMethod:
+    """The same for one that makes adapters piece by piece (`MethodSpec.is_piecewise`)."""
+    return ADAPTER[spec.name](spec)
 
 
 def wraps_updates(spec: MethodSpec) -> bool:

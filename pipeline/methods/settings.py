@@ -34,7 +34,10 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     text_config = config.get_text_config()
     published, source = _published(text_config, model_path)
     own = published.get("methods", {}).get(spec.method.name, {})
-    method = _merge(spec.method, _one_layer(spec.method, {**published.get("method", {}), **own}))
+    general = {} if spec.method.is_adapter else published.get("method", {})
+    method = _merge(spec.method, _one_layer(spec.method, {**general, **own}))
+    if method.is_adapter and method.layers is None:
+        method = method.model_copy(update={"layers": (int(text_config.num_hidden_layers) - 1,)})
     needed = _needed(method)
     if any(getattr(method, name) is None for name in needed):
         raise InputError(
@@ -104,8 +107,11 @@ def _boundary_layers(method: MethodSpec) -> MethodSpec:
 
 
 def _bare_prompt(method: MethodSpec) -> MethodSpec:
-    """Contexts are for values; a gradient method takes the prompt alone unless it is given some."""
-    if method.is_closed_form or method.contexts is not None:
+    """Contexts are for values; most others take the prompt alone unless they are given some.
+
+    CaliNET trains on several phrasings of a fact.
+    """
+    if method.is_closed_form or method.name == "calinet" or method.contexts is not None:
         return method
     return method.model_copy(update={"contexts": ("{}",)})
 
@@ -124,6 +130,8 @@ def _check_layers(method: MethodSpec, num_blocks: int) -> None:
             f"method.layers: {method.layers[-1]} does not exist; the model has blocks 0 to"
             f" {num_blocks - 1}"
         )
+    if method.name == "t_patcher" and len(method.layers) > 1:
+        raise InputError(f"method.layers: t_patcher patches one layer, not {list(method.layers)}")
     if method.value.loss_layer not in (None, num_blocks - 1):
         raise InputError(
             f"method.value.loss_layer: {method.value.loss_layer} is not the last block"

@@ -95,7 +95,13 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
 
 def _content(runs: Sequence[Run]) -> tuple[str, Iterator[_Section]]:
     """Title and sections: of editing runs side by side, or of one trace."""
-    traces = [_is_trace(run) for run in runs]
+    for run in runs:
+        if _has(run, "assess"):
+            raise InputError(
+                f"{run.place} is an assessment of facts, which has no report; `editfleet summary`"
+                " shows it, and assessment/ holds its rows"
+            )
+    traces = [_has(run, "trace") for run in runs]
     if any(traces):
         if len(runs) > 1:
             place = runs[traces.index(True)].place
@@ -106,9 +112,10 @@ def _content(runs: Sequence[Run]) -> tuple[str, Iterator[_Section]]:
     return ", ".join(label for label, _ in labelled), _sections(labelled)
 
 
-def _is_trace(run: Run) -> bool:
+def _has(run: Run, group: str) -> bool:
+    """Whether a run's spec has a group that is null in most."""
     spec = run.manifest.get("spec")
-    return isinstance(spec, dict) and spec.get("trace") is not None
+    return isinstance(spec, dict) and spec.get(group) is not None
 
 
 def _trace_sections(run: Run) -> Iterator[_Section]:

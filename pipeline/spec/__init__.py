@@ -1,5 +1,6 @@
 """The one definition of every setting, its default, its bounds and its help text."""
 
+from pipeline.spec.assess import AssessSpec
 from pipeline.spec.groups import (
     ClusterSpec,
     CovarianceSpec,
@@ -18,6 +19,7 @@ from pipeline.spec.rounds import RoundsSpec
 from pipeline.spec.trace import TraceSpec
 
 __all__ = [
+    "AssessSpec",
     "ClusterSpec",
     "CovarianceSpec",
     "DataType",

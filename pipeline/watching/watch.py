@@ -18,6 +18,8 @@ _PHASES = {
     "read_keys": "insertion",
     "apply": "insertion",
     "gradients": "training",
+    "adapt": "training",
+    "queries": "memory",
     "covariance": "covariance",
     "value_lengths": "anchor",
     "evaluate": "evaluation",
