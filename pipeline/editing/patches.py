@@ -75,6 +75,7 @@ def memory_losses(
     """l_m1 and l_m2 of every patch.
 
     Both have their greatest terms at the same queries, since their thresholds are the same for all.
+    With exp-topk only these are gone back through: the rest has no gradient.
 
     Args:
         keys_PD: the patches' keys.
@@ -87,16 +88,37 @@ def memory_losses(
     if not size:
         nothing = torch.zeros_like(own_P)
         return MemoryLosses(nothing, nothing, nothing)
-    found = [torch.addmm(biases_P[:, None], keys_PD, queries.T) for queries in memory]
-    inner_PN = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-    greatest = inner_PN.detach().amax(1)
     if settings.form == "exp-topk":
-        inner_PN = inner_PN.topk(min(settings.memory_top, size), dim=1).values
+        inner_PN = _greatest(keys_PD, memory, min(settings.memory_top, size))
+    else:
+        inner_PN = _inner(keys_PD, memory)
+    inner_PN = inner_PN + biases_P[:, None]
+    greatest = inner_PN.detach().amax(1)
     over = inner_PN - settings.memory_threshold
     near = inner_PN - own_P[:, None] - settings.difference_threshold
     if settings.form == "margin":
         return MemoryLosses(positive_mean(over), positive_mean(near), greatest)
     return MemoryLosses(over.exp().mean(1), near.exp().mean(1), greatest)
+
+
+def _inner(keys_PD: Tensor, memory: Sequence[Tensor]) -> Tensor:
+    """q.k of every patch and query, (P, N)."""
+    found = [keys_PD @ queries.T for queries in memory]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _greatest(keys_PD: Tensor, memory: Sequence[Tensor], count: int) -> Tensor:
+    """The greatest q.k of every patch, (P, count), with a graph that holds those queries only."""
+    with torch.no_grad():
+        chosen = _inner(keys_PD, memory).topk(count, dim=1).indices
+        rows, places = chosen.unique(return_inverse=True)
+        picked, start = [], 0
+        for queries in memory:
+            inside = rows[(rows >= start) & (rows < start + len(queries))] - start
+            picked.append(queries[inside])
+            start += len(queries)
+        near = torch.cat(picked)
+    return (keys_PD @ near.T).gather(1, places)
 
 
 def positive_mean(values_PN: Tensor) -> Tensor:
