@@ -107,7 +107,7 @@ def _queries(work: Workload, arguments: argparse.Namespace, layer: int) -> Tenso
         if count >= wanted:
             break
     found = ffn_queries(work.model, layer, [row for row in rows if row], work.max_tokens)
-    return found[:wanted].to(work.model.device, torch.float32)
+    return found[:wanted].to(work.device, torch.float32)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -180,7 +180,9 @@ class EditWorker:
         with warnings.catch_warnings():
             # They lie in memory that is shared by a node's workers, and nobody writes them.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self._queries = torch.from_numpy(queries).to(self.model.device)
+            self._queries = torch.from_numpy(queries).to(
+                self.model.device_of(self.method.layers[0])
+            )
 
     def adapt(self, requests: Sequence[EditRequest], *, version: int, round: int) -> Made:
         """Make the adapters of some edits on the model of the round before."""
@@ -191,7 +193,7 @@ class EditWorker:
             self.model,
             dict(self.weights.adapters),
             self._queries,
-            TOKENS_PER_BACKWARD[self.model.device.type],
+            TOKENS_PER_BACKWARD[self.model.input_device.type],
         )
         edits = tokenize_edits(self.tokenizer, requests, self.contexts)
         seeds = [seed_of(self.spec.seed, request.case_id) for request in requests]

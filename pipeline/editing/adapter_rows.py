@@ -139,7 +139,7 @@ class AdapterRows:
             beside: what.
             label_smoothing: share of the loss that all tokens of the vocabulary have alike.
         """
-        device = self.model.device
+        device = self.model.output_device
         wide = torch.promote_types(self.model.dtype, torch.float32)
         smoothed = torch.zeros(self.num_edits, dtype=wide, device=device)
         plain, predicted = smoothed.clone(), torch.ones(self.num_edits, dtype=torch.bool)
@@ -167,7 +167,8 @@ class AdapterRows:
             with inputs_of(self.model.up_projection(self.layer)) as seen:
                 states = self._states(pack)
             of_tokens = seen[0].reshape(-1, self.model.hidden_size)
-            at_read = of_tokens if pack.read is None else of_tokens[pack.read]
+            at_read = of_tokens if pack.read is None else of_tokens[pack.read.to(of_tokens.device)]
+            slots = targets.slots.tolist()
             logits = self.model.logits(states)[targets.slots]
             loss = cross_entropy(logits, targets.labels, reduction="none").double()
             edits = pack.edits[targets.rows].cpu()
@@ -177,7 +178,7 @@ class AdapterRows:
             for place, (edit, line) in enumerate(zip(edits.tolist(), lines, strict=True)):
                 is_first = self._is_first(int(targets.batch.index[line]))
                 if is_wrong[place] and is_first and len(queries[edit]) < most:
-                    queries[edit].append(at_read[targets.slots[place]])
+                    queries[edit].append(at_read[slots[place]])
         nothing = torch.zeros(0, self.model.hidden_size)
         wide = torch.promote_types(self.model.dtype, torch.float32)
         return [
@@ -191,7 +192,7 @@ class AdapterRows:
         P is the model's distribution without what is beside it, P' with it.
         """
         wide = torch.promote_types(self.model.dtype, torch.float32)
-        found = torch.zeros(self.num_edits, dtype=wide, device=self.model.device)
+        found = torch.zeros(self.num_edits, dtype=wide, device=self.model.output_device)
         for pack in self._packs():
             targets, edits = pack.targets, pack.edits[pack.targets.rows]
             with torch.no_grad():
@@ -211,7 +212,7 @@ class AdapterRows:
             return
         made, ids = [], [row.ids for row in self._rows]
         for batch in token_batches(self.model, ids, self.max_tokens):
-            pack = self._pack(TargetBatch.of(batch, self._rows))
+            pack = self._pack(TargetBatch.of(batch, self._rows, self.model.output_device))
             yield pack
             made += [pack] if self.keeps else []
         self._kept = made
@@ -220,26 +221,30 @@ class AdapterRows:
     def _pack(self, targets: TargetBatch) -> _Pack:
         batch, model = targets.batch, self.model
         of_row = [self._rows[row].edit for row in batch.index.tolist()]
-        edits = torch.tensor(of_row, device=model.device)
-        owners = edits.repeat_interleave(batch.ids.shape[1])
+        edits = torch.tensor(of_row, device=model.output_device)
+        device = model.device_of(self.layer)
+        owners = edits.to(device).repeat_interleave(batch.ids.shape[1])
         given = {
             "masks": batch.masks,
             "position_ids": batch.positions,
             "input_ids": batch.ids,
         }
         if self.layer < model.num_blocks - 1:
-            hidden = model.run(None, first=0, stop=self.layer, **given) if self.layer else None
+            hidden = None
+            if self.layer:
+                hidden = model.run(None, first=0, stop=self.layer, **given).to(device)
             return _Pack(
                 targets, hidden, None, batch.masks, batch.positions, owners, edits, targets.read
             )
         with recorded_halfway(model, self.layer) as half:
             model.run(None, first=0, stop=self.layer + 1, **given)
-        hidden = half.hidden.flatten(0, 1)[targets.read][:, None]
-        attention = attention_states(half).flatten(0, 1)[targets.read][:, None]
-        positions = batch.positions.flatten()[targets.read][:, None]
-        ones = torch.ones(len(positions), dtype=torch.long, device=model.device)
+        read = targets.read.to(device)
+        hidden = half.hidden.flatten(0, 1)[read][:, None]
+        attention = attention_states(half).flatten(0, 1)[read][:, None]
+        positions = batch.positions.flatten()[read.to(batch.positions.device)][:, None]
+        ones = torch.ones(len(positions), dtype=torch.long, device=positions.device)
         masks = model.masks(positions, plain_segments(ones, 1))
-        alone = owners[targets.read]
+        alone = owners[read]
         return _Pack(targets, hidden, attention, masks, positions, alone, edits, None)
 
     def _states(self, pack: _Pack, beside: Beside | None = None) -> Tensor:

@@ -102,7 +102,7 @@ class BankRows:
         wide = torch.promote_types(self.model.dtype, torch.float32)
         held = {
             layer: {
-                name: part.to(self.model.device, wide, copy=True).requires_grad_()
+                name: part.to(self.model.device_of(layer), wide, copy=True).requires_grad_()
                 for name, part in bank.items()
             }
             for layer, bank in banks.items()

@@ -168,7 +168,7 @@ def train_patches(
     rows = AdapterRows.of(model, layer, edits, max_tokens)
     wrong = rows.wrong_tokens(settings.max_patches)
     wide = torch.promote_types(model.dtype, torch.float32)
-    near = memory.on(model.device, wide)
+    near = memory.on(model.device_of(layer), wide)
     patches = [
         _Patches.begin(edit, found.queries, settings, seeds[edit])
         for edit, found in enumerate(wrong)
@@ -200,7 +200,7 @@ def _step(
         of_memory = _memory(active, memory, settings)
         total = target.smoothed[[one.edit for one in active]].sum()
         for one, found in zip(active, of_memory, strict=True):
-            total = total + _beside_target(one, found, settings)
+            total = total + _beside_target(one, found, settings).to(total.device)
         total.backward()
     for one in active:
         one.step()
@@ -217,10 +217,10 @@ def _checked(
     target = rows.losses(_beside(rows, active), settings.label_smoothing)
     ended: list[PatchedEdit | None] = []
     for one, found in zip(active, _memory(active, watched, settings), strict=True):
-        loss = target.smoothed[one.edit] + _beside_target(one, found, settings)
-        if not bool(loss.isfinite()):
+        loss = float(target.smoothed[one.edit]) + float(_beside_target(one, found, settings))
+        if not math.isfinite(loss):
             raise ValueError("the loss of its patches is not finite; take a smaller learning rate")
-        one.plateau.step(float(loss))
+        one.plateau.step(loss)
         of_memory = float((found.memory + found.difference).mean())
         gained = of_memory < one.best - _LEAST_GAIN
         one.best = min(one.best, of_memory)

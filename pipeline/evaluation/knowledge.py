@@ -191,7 +191,7 @@ def _probabilities(model: EditableModel, rows: Sequence[TargetRow], max_tokens: 
     """P(target) of every row, float64."""
     found = torch.zeros(len(rows), dtype=torch.float64)
     for batch in token_batches(model, [row.ids for row in rows], max_tokens):
-        targets = TargetBatch.of(batch, rows)
+        targets = TargetBatch.of(batch, rows, model.output_device)
         given: dict[str, Any] = {"masks": batch.masks, "position_ids": batch.positions}
         states = model.final(None, first=0, input_ids=batch.ids, read=targets.read, **given)
         found[batch.index] = (-targets.losses(model, states).double().cpu()).exp()
