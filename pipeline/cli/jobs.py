@@ -165,6 +165,24 @@ def train(spec: SpecPath, overrides: Overrides = None, restart: Restart = False)
 
 
 @app.command()
+def assess(spec: SpecPath, overrides: Overrides = None, restart: Restart = False) -> None:
+    """Find which facts the unedited model holds, and which wrongly (docs/assess.md).
+
+    Nothing is edited. An assessment that is there already is gone on with.
+    """
+    from pipeline.cluster.assessing import run_assess
+    from pipeline.report.assess_summary import assess_tables
+
+    job, how_to_resume = _job(spec, overrides, False, restart)
+    console = make_console()
+    with _resumable(job, how_to_resume):
+        result = run_assess(job, console=console)
+    console.print(assess_tables(result.summary))
+    print_line(console, f"run directory: {result.place}")
+    leave([result.counts], True)
+
+
+@app.command()
 def plan(
     spec: SpecPath,
     overrides: Overrides = None,

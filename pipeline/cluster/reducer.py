@@ -1,13 +1,16 @@
 """The reducer: merges shards of keys and residuals into one layer's update."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from pipeline.editing.calibration import BankGradients
 from pipeline.editing.descent import Step
 from pipeline.editing.equations import ManyEdits, NormalEquations, Penalty
 from pipeline.editing.gradients import Factors
 from pipeline.editing.sums import Sums
-from pipeline.editing.update import Update
+from pipeline.editing.update import Change, Update
 from pipeline.methods import ClosedForm, GradientMethod, build_method, build_trainable
 from pipeline.methods.gradient import Making, State
 from pipeline.methods.trainable import Contribution, Measured, Shapes, Trainer
@@ -112,7 +115,7 @@ class Reducer:
         self._next = 0
         return self._making.step()
 
-    def finish_round(self) -> tuple[dict[int, Update], State]:
+    def finish_round(self) -> tuple[Mapping[int, Change], State]:
         """The updates of a gradient method's round, and what the next one has to know."""
         assert self._making is not None, "begin a round first"
         return self._making.finish()
@@ -176,7 +179,7 @@ class Reducer:
         if isinstance(part, Contribution):
             self._training.add(part)
             return
-        if isinstance(part, Factors):
+        if isinstance(part, Factors | BankGradients):
             assert self._making is not None, "begin a round first"
             self._making.add(part)
             return

@@ -130,6 +130,11 @@ def _run(
             "train: the spec is that of a training; run it with `editfleet train`, or set train to"
             " null to edit"
         )
+    if spec.assess is not None:
+        raise InputError(
+            "assess: the spec is that of an assessment; run it with `editfleet assess`, or set"
+            " assess to null to edit"
+        )
     if restart:
         spec = spec.at(next_free_place(spec.place))
     progress = PhaseProgress(console)

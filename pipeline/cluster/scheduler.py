@@ -174,6 +174,10 @@ class Scheduler:
         """Hand the norm anchor to every worker, and to those that come later."""
         self._tell("set_anchor_norm", norm)
 
+    def set_queries(self, queries: Any) -> None:
+        """Hand remembered queries to every worker, and to those that replace them."""
+        self._tell("set_queries", queries)
+
     def _tell(self, method: str, value: Any) -> None:
         self._roster.remember(lambda: (method, (value,), {}))
         self.broadcast(method, value)

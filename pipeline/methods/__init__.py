@@ -1,8 +1,10 @@
 """Editing methods: each says how the parts of the editing core combine."""
 
 from pipeline.errors import InputError
+from pipeline.methods.adapter import AdapterMethod, Made, Scene, join, seed_of
 from pipeline.methods.alphaedit import AlphaEdit
 from pipeline.methods.base import Method
+from pipeline.methods.calinet import CaliNet
 from pipeline.methods.closed_form import ClosedForm
 from pipeline.methods.emmet import Emmet
 from pipeline.methods.fine_tuning import FineTuning
@@ -17,6 +19,7 @@ from pipeline.methods.nas import mean_length
 from pipeline.methods.pmet import Pmet
 from pipeline.methods.rome import Rome
 from pipeline.methods.settings import resolve_settings, value_settings
+from pipeline.methods.t_patcher import TPatcher
 from pipeline.methods.trainable import Trainable
 from pipeline.methods.ultraedit import UltraEdit
 from pipeline.spec import JobSpec, MethodSpec
@@ -32,9 +35,11 @@ CLOSED_FORM: dict[str, type[ClosedForm]] = {
 GRADIENT: dict[str, type[GradientMethod]] = {
     "ft": FineTuning,
     "ultraedit": UltraEdit,
+    "calinet": CaliNet,
     **TRAINED,
 }
 LOCATING: dict[str, type[KnowledgeNeurons]] = {"kn": KnowledgeNeurons}
+ADAPTER: dict[str, type[AdapterMethod]] = {"t_patcher": TPatcher}
 
 TRAINABLE: dict[str, type[Trainable]] = {**TRAININGS}
 """Methods whose editor is trained before it edits."""
@@ -43,15 +48,20 @@ UPDATE_WRAPPERS = frozenset({"rect", "prune"})
 """Wrappers that change updates after they are solved for (`Method.wrap`)."""
 
 __all__ = [
+    "ADAPTER",
     "CLOSED_FORM",
     "GRADIENT",
     "LOCATING",
     "TRAINABLE",
     "UPDATE_WRAPPERS",
+    "AdapterMethod",
     "ClosedForm",
     "GradientMethod",
     "KnowledgeNeurons",
+    "Made",
     "Method",
+    "Scene",
+    "build_adapter_method",
     "build_closed_form",
     "build_gradient_method",
     "build_locating_method",
@@ -59,9 +69,11 @@ __all__ = [
     "build_trainable",
     "check_batch",
     "first_of_each_value",
+    "join",
     "mean_length",
     "resolve_settings",
     "resolve_training",
+    "seed_of",
     "value_settings",
     "wraps_updates",
 ]
@@ -71,6 +83,8 @@ def build_method(spec: MethodSpec) -> Method:
     """Make the method that a resolved spec names."""
     if spec.is_locating:
         return build_locating_method(spec)
+    if spec.is_piecewise:
+        return build_adapter_method(spec)
     return build_closed_form(spec) if spec.is_closed_form else build_gradient_method(spec)
 
 
@@ -109,6 +123,11 @@ def resolve_training(spec: JobSpec) -> JobSpec:
     given = spec.train.model_dump()
     open_ = {name: value for name, value in published.items() if given[name] is None}
     return spec.model_copy(update={"train": spec.train.model_copy(update=open_)})
+
+
+def build_adapter_method(spec: MethodSpec) -> AdapterMethod:
+    """The same for one that makes adapters piece by piece (`MethodSpec.is_piecewise`)."""
+    return ADAPTER[spec.name](spec)
 
 
 def wraps_updates(spec: MethodSpec) -> bool:

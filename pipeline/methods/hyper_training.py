@@ -254,7 +254,9 @@ def factors_of(
     requests = [example.edit for example in examples]
     edits = tokenize_edits(tokenizer, requests, trainable.spec.method.contexts or ("{}",))
     laid_out = method.gradients(weights.model, edits, _MAX_TOKENS, keeps=False)
-    return laid_out.factors(method.tokens)
+    found = method.factors(laid_out, weights, None)
+    assert isinstance(found, Factors), "networks read factors"
+    return found
 
 
 class HyperTrainer(ModuleTrainer):

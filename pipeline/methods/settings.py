@@ -38,10 +38,13 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     text_config = config.get_text_config()
     published, source = _published(text_config, model_path)
     own = published.get("methods", {}).get(spec.method.name, {})
+    general = {} if spec.method.is_adapter else published.get("method", {})
     given = _with_editor(spec.method)
-    open_ = _last_blocks(given, {**published.get("method", {}), **own}, text_config)
+    open_ = _last_blocks(given, {**general, **own}, text_config)
     method = _merge(given, _own_layers(given, open_))
     method = _all_layers(method, int(text_config.num_hidden_layers))
+    if method.is_adapter and method.layers is None:
+        method = method.model_copy(update={"layers": (int(text_config.num_hidden_layers) - 1,)})
     needed = _needed(method)
     if any(getattr(method, name) is None for name in needed):
         raise InputError(
@@ -160,8 +163,12 @@ def _boundary_layers(method: MethodSpec) -> MethodSpec:
 
 
 def _bare_prompt(method: MethodSpec) -> MethodSpec:
-    """A gradient method takes the prompt alone unless it is given some; others draw contexts."""
-    if method.is_closed_form or method.is_locating or method.contexts is not None:
+    """Contexts are for values; most others take the prompt alone unless they are given some.
+
+    CaliNET trains on several phrasings of a fact, and neurons are agreed on by several.
+    """
+    takes_contexts = method.is_closed_form or method.is_locating or method.name == "calinet"
+    if takes_contexts or method.contexts is not None:
         return method
     return method.model_copy(update={"contexts": ("{}",)})
 
@@ -180,6 +187,8 @@ def _check_layers(method: MethodSpec, num_blocks: int) -> None:
             f"method.layers: {method.layers[-1]} does not exist; the model has blocks 0 to"
             f" {num_blocks - 1}"
         )
+    if method.name == "t_patcher" and len(method.layers) > 1:
+        raise InputError(f"method.layers: t_patcher patches one layer, not {list(method.layers)}")
     if method.value.loss_layer not in (None, num_blocks - 1):
         raise InputError(
             f"method.value.loss_layer: {method.value.loss_layer} is not the last block"

@@ -99,6 +99,11 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
 def _content(runs: Sequence[Run]) -> tuple[str, Iterator[_Section]]:
     """Title and sections: of editing runs side by side, or of one trace or training."""
     for run in runs:
+        if _has_group(run, "assess"):
+            raise InputError(
+                f"{run.place} is an assessment of facts, which has no report; `editfleet summary`"
+                " shows it, and assessment/ holds its rows"
+            )
         for group, (what, made) in _ALONE.items():
             if not _has_group(run, group):
                 continue
@@ -111,6 +116,7 @@ def _content(runs: Sequence[Run]) -> tuple[str, Iterator[_Section]]:
 
 
 def _has_group(run: Run, group: str) -> bool:
+    """Whether a run's spec has a group that is null in most."""
     spec = run.manifest.get("spec")
     return isinstance(spec, dict) and spec.get(group) is not None
 

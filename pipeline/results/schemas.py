@@ -209,6 +209,48 @@ NEURONS = pa.schema(
 """One row a fact and neuron that its prompts agree on. `shared_by` is the share of the relation's
 other facts in the round that have it, too, which decides whether it is edited."""
 
+PATCHES = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        _required("layer", pa.int32()),
+        _required("patches", pa.int32()),
+        _required("steps", pa.int32()),
+        _required("edit_loss", pa.float32()),
+        _required("activation_loss", pa.float32()),
+        _required("memory_loss", pa.float32()),
+        _required("difference_loss", pa.float32()),
+        pa.field("least_activation", pa.float32()),
+        pa.field("greatest_memory", pa.float32()),
+        _required("target_probability", pa.float32()),
+        _required("seconds", pa.float32()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row an edit of T-Patcher: its `patches` and how they ended (`editing/patching.py`). Losses
+are without their weights, `edit_loss` in nats a target token; `least_activation` is the least inner
+value of a patch at its own token, `greatest_memory` the greatest one at a watched query."""
+
+ASSESSMENT = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        pa.field("relation_id", pa.string()),
+        _required("subject", pa.string()),
+        _required("prompt", pa.string()),
+        _required("object", pa.string()),
+        _required("contrasts", pa.list_(pa.string())),
+        _required("probability", pa.float64()),
+        _required("contrastive", pa.float64()),
+        pa.field("score", pa.float64()),
+        _required("is_held", pa.bool_()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row a fact: the probability of its `object` behind its own `prompt`, the mean behind prompts
+of other relations (`contrasts`), and their ratio (`pipeline.evaluation.knowledge`), which is null
+where it is 0 / 0. `round` is -1, the unedited model."""
+
 HARNESS = pa.schema(
     [
         _required("round", pa.int32()),
@@ -241,6 +283,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "training": TRAINING,
     "attributions": ATTRIBUTIONS,
     "neurons": NEURONS,
+    "patches": PATCHES,
+    "assessment": ASSESSMENT,
     "harness": HARNESS,
 }
 

@@ -1,5 +1,6 @@
 """The one definition of every setting, its default, its bounds and its help text."""
 
+from pipeline.spec.assess import AssessSpec
 from pipeline.spec.groups import (
     ClusterSpec,
     CovarianceSpec,
@@ -19,6 +20,7 @@ from pipeline.spec.trace import TraceSpec
 from pipeline.spec.train import TrainSpec
 
 __all__ = [
+    "AssessSpec",
     "ClusterSpec",
     "CovarianceSpec",
     "DataType",

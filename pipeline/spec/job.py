@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from pipeline.places import copy_directory, is_url
 from pipeline.setting_types import Seed
+from pipeline.spec.assess import AssessSpec
 from pipeline.spec.compare import CompareSpec
 from pipeline.spec.groups import (
     ClusterSpec,
@@ -49,6 +50,8 @@ class JobSpec(Part):
     """Causal tracing (`editfleet trace`), which edits nothing; null in every other job."""
     train: TrainSpec | None = None
     """Training of an editor (`editfleet train`), which edits nothing; null in every other job."""
+    assess: AssessSpec | None = None
+    """Assessment of facts (`editfleet assess`), which edits nothing; null in every other job."""
     output: OutputSpec = OutputSpec()
     seed: Seed = 0
     """Seed of everything that is drawn: generated contexts, the covariance's texts."""

@@ -34,6 +34,10 @@ def test_columns_are_the_public_contract() -> None:
         "training": "round epoch step edits loss seconds split edit_loss locality_loss success",
         "attributions": "round case_id layer neuron attribution agreeing prompts answer answer_ids",
         "neurons": "round case_id layer neuron attribution shared_by is_edited",
+        "patches": "round case_id layer patches steps edit_loss activation_loss memory_loss "
+        "difference_loss least_activation greatest_memory target_probability seconds",
+        "assessment": "round case_id relation_id subject prompt object contrasts probability "
+        "contrastive score is_held",
         "harness": "round task metric filter unedited unedited_stderr edited edited_stderr "
         "higher_is_better count documents num_fewshot version lm_eval_version",
     }
