@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pipeline import run_batch_edit, run_sequential, run_training
-from pipeline.cluster.engine import Call, InProcessEngine
+from pipeline.cluster.engine import Call, InProcessEngine, WorkerLostError
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
 from pipeline.report.page import write_report
 from pipeline.report.status import run_status
@@ -133,6 +133,22 @@ def test_two_workers_give_the_bits_of_one_process(
     cluster = "cluster={engine: ray, workers: 2, shard_size: 3, reducer_threads: 1}"
     run_training(_spec(tiny, tmp_path / name, name, cluster))
     assert _bits(read(tmp_path / name)) == _bits(trained[name])
+
+
+def test_a_lost_reducer_goes_on_from_the_last_checkpoint(
+    tiny: TinyJobs, trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reduce, left = InProcessEngine.reduce, [5]
+
+    def lost(self: Any, method: str, *arguments: Any) -> Any:
+        left[0] -= method == "end_step"
+        if left[0] == 0 and method == "end_step":
+            raise WorkerLostError("it died")
+        return reduce(self, method, *arguments)
+
+    monkeypatch.setattr(InProcessEngine, "reduce", lost)
+    run_training(_spec(tiny, tmp_path / "run", "mend"))
+    assert left[0] < 0 and _bits(read(tmp_path / "run")) == _bits(trained["mend"])
 
 
 @pytest.mark.parametrize("kind", ["training", "checkpoint", "editor"])
