@@ -7,14 +7,16 @@ the settings of the MEMIT paper.
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from pipeline.editing.values import ValueSettings
 from pipeline.editors import read_card
 from pipeline.errors import InputError
+from pipeline.models.answers import is_encoder_decoder, num_blocks
 from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec
+from pipeline.spec.method import SINGLE_STREAM_METHODS, MethodName
 from pipeline.yaml_text import read_yaml
 
 EDITING_FILE = "editing.yaml"
@@ -33,8 +35,11 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
 
     Raises:
         InputError: no layers are given and none are published for this model, a layer does not
-            exist, or there are too many or too few of them for the method.
+            exist, or there are too many or too few of them for the method; or the model has an
+            encoder, and what is asked for needs a model without one.
     """
+    if is_encoder_decoder(config):
+        _require_no_single_stream(spec)
     text_config = config.get_text_config()
     published, source = _published(text_config, model_path)
     own = published.get("methods", {}).get(spec.method.name, {})
@@ -50,10 +55,10 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
         raise InputError(
             f"model.path: no editing settings are published for {model_path}"
             f" ({_shape(text_config)}); give {' and '.join(f'method.{name}' for name in needed)}"
-            " (`editfleet trace` proposes layers)"
+            f"{'' if is_encoder_decoder(config) else ' (`editfleet trace` proposes layers)'}"
         )
     method = _bare_prompt(_boundary_layers(method))
-    _check_layers(method, int(text_config.num_hidden_layers))
+    _check_layers(method, num_blocks(config))
     samples = spec.covariance.samples or published.get("covariance", {}).get("samples")
     corpus = spec.covariance.corpus or published.get("covariance", {}).get("corpus")
     covariance = spec.covariance.model_copy(update={"samples": samples, "corpus": corpus})
@@ -63,6 +68,31 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
 def value_settings(method: MethodSpec) -> ValueSettings:
     """The value search's settings of a resolved method."""
     return ValueSettings(**method.value.model_dump(exclude={"loss_layer"}))
+
+
+def _require_no_single_stream(spec: JobSpec) -> None:
+    """Refuse for an encoder-decoder model what reads prompt and answer as one stream of tokens.
+
+    Raises:
+        InputError: the spec asks for it.
+    """
+    model = f"{spec.model.path} is an encoder-decoder model"
+    if spec.trace is not None:
+        raise InputError(
+            f"trace: causal tracing restores states of one stream of tokens, and {model}; trace a"
+            " decoder-only one"
+        )
+    if spec.method.name in SINGLE_STREAM_METHODS:
+        others = [name for name in get_args(MethodName) if name not in SINGLE_STREAM_METHODS]
+        raise InputError(
+            f"method.name: {spec.method.name} writes at the subject's last token what the answer"
+            f" reads behind it, and {model}; take one of {', '.join(others)}"
+        )
+    if spec.evaluation.general.corpus is not None:
+        raise InputError(
+            f"evaluation.general: the perplexity of running text has no meaning where {model}; set"
+            " evaluation.general.corpus to null"
+        )
 
 
 def _published(config: Any, model_path: str) -> tuple[dict[str, Any], str]:
@@ -202,4 +232,4 @@ def _table() -> dict[str, Any]:
 
 
 def _shape(config: Any) -> str:
-    return f"{config.model_type}, {config.num_hidden_layers} blocks of width {config.hidden_size}"
+    return f"{config.model_type}, {num_blocks(config)} blocks of width {config.hidden_size}"

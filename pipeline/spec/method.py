@@ -59,6 +59,10 @@ PIECEWISE_METHODS = frozenset({"t_patcher"})
 """Methods that make an adapter of each edit by itself."""
 ADAPTER_METHODS = PIECEWISE_METHODS | {"calinet"}
 """Methods that put modules beside the weights, which stay as they are."""
+ENCODER_DECODER_METHODS = frozenset({"ft", "ultraedit"})
+"""Methods that edit encoder-decoder models. Those in closed form and kn cannot: they need prompt and
+answer in one stream of tokens, since they write, or look for, what the answer reads at a token of
+the prompt."""
 Wrapper = Literal["merge", "nas", "rect", "prune", "blue"]
 
 
