@@ -4,7 +4,7 @@
 Flan-T5 (gated GELU, an unembedding of its own). The decoder has 4 blocks, the encoder 3.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,15 +79,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
     pieces of all kinds. (A trained one would have others in every process.)
     """
     texts = [*SENTENCES, *(f"{edit.prompt} {edit.target_new}" for edit in EDITS)]
-    return tokenizer_of(texts)
+    return tokenizer_of(texts, 2)
 
 
-def tokenizer_of(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The same of other texts."""
+def tokenizer_of(texts: Iterable[str], every: int) -> PreTrainedTokenizerBase:
+    """The same of other texts; every so many-th word is one piece."""
     words = sorted({f"▁{word}" for text in texts for word in text.split()})
     scores = dict.fromkeys(sorted({letter for word in words for letter in word}), -6.0)
     scores |= {word[:4]: -7.0 for word in words if len(word) > 4}
-    scores |= {word: -9.0 for word in words[::2]}
+    scores |= {word: -9.0 for word in words[::every]}
     return T5Tokenizer(vocab=[(token, 0.0) for token in _SPECIAL] + [*scores.items()], extra_ids=0)
 
 
@@ -111,3 +111,26 @@ def prompts(
 
 def down_projections(model: PreTrainedModel) -> list[nn.Module]:
     return [block.layer[2].DenseReluDense.wo for block in model.decoder.block]
+
+
+def taught(
+    facts: Sequence[tuple[str, str]], steps: int, seed: int = 0
+) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase]:
+    """A small T5 v1.1 trained from nothing on prompts with their answers, and its tokenizer."""
+    words = tokenizer_of((text for fact in facts for text in fact), 1)
+    torch.manual_seed(seed)
+    shape = {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_decoder_layers": 2}
+    model = T5ForConditionalGeneration(config("t5_gated", len(words), dropout_rate=0.0, **shape))
+    model.lm_head.weight = nn.Parameter(0.1 * torch.randn_like(model.shared.weight))
+    asked = words([prompt for prompt, _ in facts], return_tensors="pt", padding=True)
+    labels = words([answer for _, answer in facts], return_tensors="pt", padding=True)["input_ids"]
+    labels[labels == words.pad_token_id] = -100
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        chosen = torch.randperm(len(facts))[:64]
+        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        optimiser.zero_grad()
+        batch = {name: tensor[chosen] for name, tensor in asked.items()}
+        model(**batch, labels=labels[chosen]).loss.backward()
+        optimiser.step()
+    return model.eval(), words
