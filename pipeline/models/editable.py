@@ -122,7 +122,7 @@ class EditableModel:
     @property
     def activation(self) -> str:
         """The feed-forward networks' activation, as transformers names it."""
-        names = ("hidden_activation", "activation_function", "hidden_act")
+        names = ("hidden_activation", "activation_function", "hidden_act", "dense_act_fn")
         found = (getattr(self.config, name, None) for name in names)
         return next(name for name in found if isinstance(name, str))
 
