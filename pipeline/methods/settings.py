@@ -85,8 +85,8 @@ def _require_no_single_stream(spec: JobSpec) -> None:
     if spec.method.name in SINGLE_STREAM_METHODS:
         others = [name for name in get_args(MethodName) if name not in SINGLE_STREAM_METHODS]
         raise InputError(
-            f"method.name: {spec.method.name} writes at the subject's last token what the answer"
-            f" reads behind it, and {model}; take one of {', '.join(others)}"
+            f"method.name: {spec.method.name} needs prompt and answer in one stream of tokens, and"
+            f" {model}; take one of {', '.join(others)}"
         )
     if spec.evaluation.general.corpus is not None:
         raise InputError(

@@ -96,10 +96,11 @@ def test_a_batch_is_tuned_scored_saved_and_taken_back(
     [
         (
             ["method={name: memit, layers: [1]}"],
-            r"method.name: memit writes at the subject's last token .* is an encoder-decoder model;"
-            r" take one of ft, ultraedit",
+            r"method.name: memit needs prompt and answer in one stream of tokens, and .* is an"
+            r" encoder-decoder model; take one of .*ft, ultraedit",
         ),
-        (["method={name: rome, layers: [1]}"], "method.name: rome writes"),
+        (["method={name: rome, layers: [1]}"], "method.name: rome needs prompt and answer"),
+        (["method={name: kn}"], "method.name: kn needs prompt and answer"),
         (["method.layers=[4]"], "4 does not exist; the model has blocks 0 to 3"),
         (["method={name: ft}"], r"t5, 4 blocks of width 32\); give method.layers$"),
         (["evaluation.general.corpus=TEXTS.txt"], "evaluation.general: the perplexity of running"),

@@ -12,6 +12,7 @@ from pipeline.errors import InputError, ModelNotSupportedError
 from pipeline.models.editable import EditableModel
 from pipeline.models.encoder_decoder import EncoderDecoderModel, editable_model
 from pipeline.models.loading import fuse_activations, load_model, load_tokenizer
+from pipeline.models.placement import place
 from pipeline.spec import ModelSpec
 from tests import encoder_decoders, families
 from tests.cases import draw, relative_error
@@ -131,8 +132,8 @@ def test_loads_as_it_was_saved(kind: str, tmp_path: Path) -> None:
     written = load_model(ModelSpec(path=str(tmp_path / "once")), torch.device("cpu"))
     written.save_pretrained(tmp_path / "twice")
     expected = _plain(encoder_decoders.case(kind, torch.float32))
-    for place in ("once", "twice"):
-        loaded = load_model(ModelSpec(path=str(tmp_path / place)), torch.device("cpu"))
+    for name in ("once", "twice"):
+        loaded = load_model(ModelSpec(path=str(tmp_path / name)), torch.device("cpu"))
         model = editable_model(loaded)
         assert isinstance(model, EncoderDecoderModel)
         for found, wanted in zip(_plain(model), expected, strict=True):
@@ -179,3 +180,8 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks 1 weights, among them decoder\.block\.1"):
         load_model(ModelSpec(path=str(tmp_path)), torch.device("cpu"))
+
+
+def test_it_is_not_spread_over_several_devices() -> None:
+    with pytest.raises(InputError, match="not spread over several GPUs"):
+        place(encoder_decoders.build("t5"), [torch.device("cpu")] * 2)
