@@ -46,7 +46,7 @@ from pipeline.methods import (
 )
 from pipeline.methods.gradient import LaidOut
 from pipeline.methods.trainable import Contribution, Learner
-from pipeline.models.editable import EditableModel, resolve_devices
+from pipeline.models.editable import resolve_devices
 from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import (
     fingerprint,
@@ -209,7 +209,7 @@ class EditWorker:
             self._queries,
             TOKENS_PER_BACKWARD[self.model.input_device.type],
         )
-        edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+        edits = self._tokenize(requests, self.contexts)
         seeds = [seed_of(self.spec.seed, request.case_id) for request in requests]
         made = self.method.make(scene, edits, seeds)
         seconds = (time.perf_counter() - start) / max(1, len(requests))

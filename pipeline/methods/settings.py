@@ -7,7 +7,7 @@ the settings of the MEMIT paper.
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -16,7 +16,7 @@ from pipeline.editors import read_card
 from pipeline.errors import InputError
 from pipeline.models.answers import is_encoder_decoder, num_blocks
 from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec
-from pipeline.spec.method import SINGLE_STREAM_METHODS, MethodName
+from pipeline.spec.method import ENCODER_DECODER_METHODS
 from pipeline.yaml_text import read_yaml
 
 EDITING_FILE = "editing.yaml"
@@ -39,7 +39,7 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
             encoder, and what is asked for needs a model without one.
     """
     if is_encoder_decoder(config):
-        _require_no_single_stream(spec)
+        _require_what_encoder_decoders_have(spec)
     text_config = config.get_text_config()
     published, source = _published(text_config, model_path)
     own = published.get("methods", {}).get(spec.method.name, {})
@@ -47,9 +47,9 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     given = _with_editor(spec.method)
     open_ = _last_blocks(given, {**general, **own}, text_config)
     method = _merge(given, _own_layers(given, open_))
-    method = _all_layers(method, int(text_config.num_hidden_layers))
+    method = _all_layers(method, num_blocks(config))
     if method.is_adapter and method.layers is None:
-        method = method.model_copy(update={"layers": (int(text_config.num_hidden_layers) - 1,)})
+        method = method.model_copy(update={"layers": (num_blocks(config) - 1,)})
     needed = _needed(method)
     if any(getattr(method, name) is None for name in needed):
         raise InputError(
@@ -70,8 +70,8 @@ def value_settings(method: MethodSpec) -> ValueSettings:
     return ValueSettings(**method.value.model_dump(exclude={"loss_layer"}))
 
 
-def _require_no_single_stream(spec: JobSpec) -> None:
-    """Refuse for an encoder-decoder model what reads prompt and answer as one stream of tokens.
+def _require_what_encoder_decoders_have(spec: JobSpec) -> None:
+    """Refuse for an encoder-decoder model what is for decoder-only ones.
 
     Raises:
         InputError: the spec asks for it.
@@ -82,11 +82,10 @@ def _require_no_single_stream(spec: JobSpec) -> None:
             f"trace: causal tracing restores states of one stream of tokens, and {model}; trace a"
             " decoder-only one"
         )
-    if spec.method.name in SINGLE_STREAM_METHODS:
-        others = [name for name in get_args(MethodName) if name not in SINGLE_STREAM_METHODS]
+    if spec.method.name not in ENCODER_DECODER_METHODS:
         raise InputError(
-            f"method.name: {spec.method.name} needs prompt and answer in one stream of tokens, and"
-            f" {model}; take one of {', '.join(others)}"
+            f"method.name: {spec.method.name} edits decoder-only models, and {model}; take one of"
+            f" {', '.join(sorted(ENCODER_DECODER_METHODS))}"
         )
     if spec.evaluation.general.corpus is not None:
         raise InputError(
