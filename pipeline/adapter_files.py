@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.editing.adapters import Adapter
 from pipeline.editing.update import EditedWeights
 from pipeline.errors import FingerprintMismatchError, InputError
-from pipeline.models.editable import EditableModel
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import fingerprint, save_model
 from pipeline.results.damage import first_problem
 from pipeline.results.pieces import DescribedAdapter, describe, named_tensors, undescribe
@@ -93,7 +93,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> LoadedAdapter
             f"{place}: its adapter was made for the model with fingerprint {expected[:12]}, this"
             f" one has {found[:12]}"
         )
-    editable = EditableModel(model)
+    editable = editable_model(model)
     for layer, adapter in adapters:
         if layer >= editable.num_blocks:
             raise FingerprintMismatchError(

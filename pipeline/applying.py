@@ -10,6 +10,7 @@ from pipeline.editing.adapters import Adapter
 from pipeline.editing.update import Change, EditedWeights
 from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.models.editable import EditableModel
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import fingerprint
 from pipeline.results import Run, read
 from pipeline.results.updates import read_update
@@ -57,7 +58,7 @@ def apply_updates(
             f"{run}: its updates were made for the model with fingerprint {expected[:12]}, this one"
             f" has {found[:12]}; load the unedited {recorded.model.path!r}"
         )
-    editable = EditableModel(model)
+    editable = editable_model(model)
     rounds = [None] if round is None else range(round + 1)
     updates = [read_update(path)[:2] for number in rounds for path in opened.updates(number)]
     check_shapes(editable, updates, run)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import InputError
+from pipeline.models.answers import CONTINUED, AnswerForm
 from pipeline.models.editable import EditableModel
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class EditPrompts:
         essence: "{subject} is a", the row at which the KL term is read.
         subject: the entity that the request is about.
         relation: what edits that may begin a search from each other's outcome have in common.
+        start: the token that an encoder-decoder model's decoder begins the target with, whose
+            encoder reads the prompts; None where the target follows the prompt's own tokens.
     """
 
     rewrites: tuple[Row, ...]
@@ -48,6 +51,17 @@ class EditPrompts:
     essence: Row
     subject: str
     relation: str | None = None
+    start: int | None = None
+
+    @property
+    def sources(self) -> list[int]:
+        """Tokens that an encoder reads of every prompt."""
+        return [0 if self.start is None else len(row.ids) for row in self.rewrites]
+
+    @property
+    def stems(self) -> list[int]:
+        """Tokens before the target in every row that predicts it."""
+        return [len(row.ids) if self.start is None else 1 for row in self.rewrites]
 
 
 @dataclass(frozen=True)
@@ -83,11 +97,20 @@ def _collector_at_rest() -> Iterator[None]:
 
 @_collector_at_rest()
 def tokenize_edits(
-    tokenizer: PreTrainedTokenizerBase, requests: Sequence["EditRequest"], contexts: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence["EditRequest"],
+    contexts: Sequence[str],
+    answers: AnswerForm = CONTINUED,
 ) -> list[EditPrompts]:
     """Tokenise requests behind every context template, all in one batch.
 
     The target's ids follow the prompt's ids; the text is never decoded and segmented again.
+
+    Args:
+        tokenizer: the model's.
+        requests: what to edit.
+        contexts: templates with one {} each.
+        answers: the model's form of answers (`EditableModel.answers`).
 
     Raises:
         InputError: a subject or a target has no token of its own in this tokenizer.
@@ -108,7 +131,7 @@ def tokenize_edits(
             encoded["input_ids"], encoded.encodings, spans, texts, strict=True
         )
     ]
-    targets = encode_targets(tokenizer, [request.target_new for request in requests])
+    targets = encode_targets(tokenizer, [request.target_new for request in requests], answers)
     width = len(contexts) + 1
     return [
         EditPrompts(
@@ -117,6 +140,7 @@ def tokenize_edits(
             rows[i * width + len(contexts)],
             requests[i].subject,
             requests[i].relation_id,
+            answers.start,
         )
         for i, target in enumerate(targets)
     ]
@@ -178,15 +202,34 @@ def iter_token_ids(
 
 
 def encode_targets(
-    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], answers: AnswerForm = CONTINUED
 ) -> list[tuple[int, ...]]:
-    """Encode objects as they continue a prompt: one leading space, no special tokens."""
+    """Encode objects as they continue a prompt: one leading space, no special tokens.
+
+    Of an encoder-decoder model they are texts of their own, as it was trained: whatever the
+    tokenizer puts around a text, and the end token at the end.
+    """
+    if answers.is_apart:
+        return _encode_apart(tokenizer, targets, answers)
     spaced = [target if target.startswith(" ") else f" {target}" for target in targets]
     encoded = token_ids(tokenizer, spaced, add_special_tokens=False)
+    _require_tokens(targets, encoded)
+    return [tuple(ids) for ids in encoded]
+
+
+def _encode_apart(
+    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], answers: AnswerForm
+) -> list[tuple[int, ...]]:
+    texts = [target.strip() for target in targets]
+    _require_tokens(targets, token_ids(tokenizer, texts, add_special_tokens=False))
+    encoded = token_ids(tokenizer, texts)
+    return [tuple(ids if ids[-1] == answers.end else [*ids, answers.end]) for ids in encoded]  # type: ignore[list-item]
+
+
+def _require_tokens(targets: Sequence[str], encoded: Sequence[Sequence[int]]) -> None:
     for target, ids in zip(targets, encoded, strict=True):
         if not ids:
             raise InputError(f"target {target!r} has no token in this model's tokenizer")
-    return [tuple(ids) for ids in encoded]
 
 
 def lookup_token(offsets: Sequence[tuple[int, int]], span: tuple[int, int], text: str) -> int:

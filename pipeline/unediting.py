@@ -22,7 +22,8 @@ from pipeline.evaluation.comparing import compare, recorded_probes
 from pipeline.evaluation.metrics import Score
 from pipeline.evaluation.probes import Probe
 from pipeline.model_card import write_model_card
-from pipeline.models.editable import EditableModel, resolve_device
+from pipeline.models.editable import resolve_device
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import (
     fingerprint,
     fuse_activations,
@@ -141,7 +142,7 @@ def _unedited(store: RunStore, layers: tuple[int, ...], source: ModelSpec) -> Ed
             f" {source.path} has {found[:12]}; restore the unedited model"
         )
     fuse_activations(model)
-    return EditedWeights(EditableModel(model), layers)
+    return EditedWeights(editable_model(model), layers)
 
 
 def _covariances(

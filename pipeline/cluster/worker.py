@@ -46,7 +46,8 @@ from pipeline.methods import (
 )
 from pipeline.methods.gradient import LaidOut
 from pipeline.methods.trainable import Contribution, Learner
-from pipeline.models.editable import EditableModel, resolve_devices
+from pipeline.models.editable import resolve_devices
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import (
     fingerprint,
     fuse_activations,
@@ -120,7 +121,7 @@ class Replica:
         model = load_model(spec, *devices)
         self.fingerprint = fingerprint(model)
         fuse_activations(model)
-        self.model = EditableModel(model)
+        self.model = editable_model(model)
 
 
 class EditWorker:
@@ -208,7 +209,7 @@ class EditWorker:
             self._queries,
             TOKENS_PER_BACKWARD[self.model.input_device.type],
         )
-        edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+        edits = self._tokenize(requests, self.contexts)
         seeds = [seed_of(self.spec.seed, request.case_id) for request in requests]
         made = self.method.make(scene, edits, seeds)
         seconds = (time.perf_counter() - start) / max(1, len(requests))
@@ -226,7 +227,7 @@ class EditWorker:
     def value_lengths(self, requests: Sequence[EditRequest], *, version: int) -> list[float]:
         """Search values behind bare prompts, for the norm anchor; ||v|| of every request."""
         self._require(version)
-        edits = tokenize_edits(self.tokenizer, requests, self.contexts[:1])
+        edits = self._tokenize(requests, self.contexts[:1])
         size = self._batch_size(edits, self.method.layers[-1])
         return self._closed_form.value_lengths(self.model, edits, size)
 
@@ -246,7 +247,7 @@ class EditWorker:
         stage = method.stage_at(version)
         layer = method.stages[stage][-1]
         start = time.perf_counter()
-        edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+        edits = self._tokenize(requests, self.contexts)
         graphs = self.spec.cluster.cuda_graphs
         found = method.find_values(
             self.model, edits, self._batch_size(edits, layer), stage=stage, cuda_graphs=graphs
@@ -513,6 +514,11 @@ class EditWorker:
         rows = [ids[:limit] for ids in token_ids(self.tokenizer, texts)]
         return [ids for ids in rows if ids]
 
+    def _tokenize(
+        self, requests: Sequence[EditRequest], contexts: Sequence[str]
+    ) -> list[EditPrompts]:
+        return tokenize_edits(self.tokenizer, requests, contexts, self.model.answers)
+
     def _batch_size(self, edits: Sequence[EditPrompts], layer: int) -> int:
         asked = self.spec.cluster.value_batch_size
         if asked != "auto" or not edits:
@@ -535,7 +541,7 @@ class EditWorker:
         case_ids = tuple(request.case_id for request in requests)
         found = self._laid_out.get(case_ids)
         if found is None:
-            edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+            edits = self._tokenize(requests, self.contexts)
             most = TOKENS_PER_BACKWARD[self.model.input_device.type]
             found = self.method.gradients(self.model, edits, most, keeps=True)
             kept = found.num_bytes + sum(other.num_bytes for other in self._laid_out.values())
@@ -545,7 +551,7 @@ class EditWorker:
 
     def _wave(self, shard: int, requests: Sequence[EditRequest], last: int) -> KeyWave:
         if shard not in self._waves:
-            edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+            edits = self._tokenize(requests, self.contexts)
             written = self._closed_form.written
             wave = KeyWave(self.model, edits, last, max_tokens=self._max_tokens, written=written)
             self._make_room(wave)

@@ -20,7 +20,8 @@ class TokenBatch:
         ids: (rows, tokens) int64.
         lengths: (rows,) int64.
         positions: (rows, tokens) int64.
-        masks: what the model takes as attention masks.
+        masks: what the model takes as attention masks; of an encoder-decoder model they hold what
+            its encoder reads, too.
     """
 
     index: Tensor
@@ -43,25 +44,41 @@ class TokenBatch:
 
 
 def token_batches(
-    model: EditableModel, rows: Sequence[Sequence[int]], max_tokens: int
+    model: EditableModel,
+    rows: Sequence[Sequence[int]],
+    max_tokens: int,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[TokenBatch]:
     """Cut rows, shortest first, into batches of at most `max_tokens` tokens, padding counted.
 
     A row longer than `max_tokens` makes a batch of its own. The order depends on the rows only.
+    A row's source counts with its tokens (but for what two unlike sources are padded by).
+
+    Args:
+        model: the model that will run them.
+        rows: token ids; of an encoder-decoder model the decoder's.
+        max_tokens: see above.
+        sources: for each row the ids that an encoder-decoder model's encoder reads.
     """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    lengths = [len(row) for row in rows]
+    if sources is not None:
+        lengths = [length + len(source) for length, source in zip(lengths, sources, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
     batch: list[int] = []
     for i in order:
-        if batch and len(rows[i]) * (len(batch) + 1) > max_tokens:
-            yield make_batch(model, rows, batch)
+        if batch and lengths[i] * (len(batch) + 1) > max_tokens:
+            yield make_batch(model, rows, batch, sources)
             batch = []
         batch.append(i)
     if batch:
-        yield make_batch(model, rows, batch)
+        yield make_batch(model, rows, batch, sources)
 
 
 def make_batch(
-    model: EditableModel, rows: Sequence[Sequence[int]], index: Sequence[int]
+    model: EditableModel,
+    rows: Sequence[Sequence[int]],
+    index: Sequence[int],
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> TokenBatch:
     """Pad the chosen rows on the right with id 0, which the mask hides."""
     lengths = torch.tensor([len(rows[i]) for i in index])
@@ -71,5 +88,6 @@ def make_batch(
     device = model.input_device
     ids, lengths = ids.to(device), lengths.to(device)
     positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    masks = model.masks(positions, plain_segments(lengths, ids.shape[1]))
+    read = None if sources is None else [sources[i] for i in index]
+    masks = model.masks(positions, plain_segments(lengths, ids.shape[1]), sources=read)
     return TokenBatch(torch.tensor(index), ids, lengths, positions, masks)

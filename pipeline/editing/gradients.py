@@ -3,7 +3,7 @@
 Of a linear layer y = W k the gradient in W is a sum over tokens of g k^T, g the gradient in y. The
 factors are far smaller than the sum where edits are short, and some methods work on them (MEND,
 arXiv 2110.11309, equation 3). Blocks below the lowest edited layer do not change while an update is
-looked for, so what they put out is kept.
+looked for, so what they put out is kept; so is what an encoder puts out.
 
 Shapes: N edits, R tokens whose factors are taken, F key size, D hidden size.
 """
@@ -11,13 +11,13 @@ Shapes: N edits, R tokens whose factors are taken, F key size, D hidden size.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.editing.batching import TokenBatch, token_batches
-from pipeline.editing.targets import Read, TargetBatch, target_rows
+from pipeline.editing.targets import Read, TargetBatch, sources_of, target_rows
 from pipeline.models.editable import EditableModel
 from pipeline.prompts import EditPrompts
 
@@ -104,10 +104,10 @@ B = TypeVar("B", bound=ReadBatch)
 
 @dataclass
 class _Pack(Generic[B]):
-    """A batch of rows, and what enters the lowest edited block."""
+    """A batch of rows; what is kept of it is what `_entered` returns."""
 
     of: B
-    entered: Tensor | None = None
+    kept: tuple[Any, Tensor | None] | None = None
 
 
 class RowGradients(Generic[B]):
@@ -119,7 +119,8 @@ class RowGradients(Generic[B]):
         numbers: for every row of all batches, the one of `count` things (edits) that it is of.
         count: these things.
         layers: blocks whose down-projections count, ascending.
-        keeps: whether what enters the lowest edited block is kept between calls.
+        keeps: whether what enters the lowest edited block is kept between calls, and what an
+            encoder puts out.
     """
 
     def __init__(
@@ -139,8 +140,12 @@ class RowGradients(Generic[B]):
     @property
     def num_bytes(self) -> int:
         """Bytes of what is kept between calls, once it is."""
-        tokens = sum(pack.of.batch.ids.numel() for pack in self._packs)
-        return tokens * self.model.hidden_size * self.model.dtype.itemsize if self.keeps else 0
+        if not self.keeps:
+            return 0
+        batches = [pack.of.batch for pack in self._packs]
+        tokens = sum(batch.ids.numel() for batch in batches)
+        size = tokens * self.model.hidden_size * self.model.dtype.itemsize
+        return size + sum(self.model.ready_bytes(batch.masks) for batch in batches)
 
     def factors(self, tokens: Tokens) -> Factors:
         """Run all rows forwards and backwards."""
@@ -183,11 +188,11 @@ class RowGradients(Generic[B]):
 
     def _final(self, pack: _Pack[B]) -> Tensor:
         """Normed hidden states where a batch is read."""
-        batch, entered = pack.of.batch, self._entered(pack)
+        batch, (masks, entered) = pack.of.batch, self._entered(pack)
         return self.model.final(
             entered,
             first=self.layers[0],
-            masks=batch.masks,
+            masks=masks,
             position_ids=batch.positions,
             input_ids=batch.ids if entered is None else None,
             read=pack.of.read,
@@ -220,23 +225,24 @@ class RowGradients(Generic[B]):
         return keys.to(wide).cpu(), gradient.to(wide).cpu()
 
     @torch.no_grad()
-    def _entered(self, pack: _Pack[B]) -> Tensor | None:
-        if self.layers[0] == 0:
-            return None
-        if pack.entered is not None:
-            return pack.entered
-        batch = pack.of.batch
-        entered = self.model.run(
-            None,
-            first=0,
-            stop=self.layers[0],
-            masks=batch.masks,
-            position_ids=batch.positions,
-            input_ids=batch.ids,
-        ).to(self.model.device_of(self.layers[0]))
+    def _entered(self, pack: _Pack[B]) -> tuple[Any, Tensor | None]:
+        """What the rows attend to, and the lowest edited block's input (None for block 0)."""
+        if pack.kept is not None:
+            return pack.kept
+        batch, entered = pack.of.batch, None
+        masks = self.model.ready(batch.masks)
+        if self.layers[0] > 0:
+            entered = self.model.run(
+                None,
+                first=0,
+                stop=self.layers[0],
+                masks=masks,
+                position_ids=batch.positions,
+                input_ids=batch.ids,
+            ).to(self.model.device_of(self.layers[0]))
         if self.keeps:
-            pack.entered = entered
-        return entered
+            pack.kept = masks, entered
+        return masks, entered
 
 
 class TargetGradients(RowGradients[TargetBatch]):
@@ -262,7 +268,8 @@ class TargetGradients(RowGradients[TargetBatch]):
     ) -> None:
         self.edits = edits
         rows = target_rows(edits, read)
-        batches = token_batches(model, [row.ids for row in rows], max_tokens)
+        ids, sources = [row.ids for row in rows], sources_of(rows)
+        batches = token_batches(model, ids, max_tokens, sources)
         device = model.output_device
         super().__init__(
             model,

@@ -16,7 +16,8 @@ from pipeline.prompts import EditPrompts
 
 Read = Literal["target_tokens", "last_prompt_token"]
 """Where a target's tokens are predicted: each behind the ones before it, or all of them at the
-prompt's last token, as the fine-tuning baseline of arXiv 2202.05262 does it in its code."""
+prompt's last token, as the fine-tuning baseline of arXiv 2202.05262 does it in its code. Where an
+encoder reads the prompt, the decoder's start token is the last one before the target."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TargetRow:
         places: for each target token the position that predicts it.
         labels: the target tokens.
         weight: of the row in its edit's loss; an edit's rows add up to 1.
+        source: token ids that an encoder reads, of an encoder-decoder model.
     """
 
     edit: int
@@ -36,25 +38,34 @@ class TargetRow:
     places: tuple[int, ...]
     labels: tuple[int, ...]
     weight: float
+    source: tuple[int, ...] | None = None
 
 
 def target_rows(edits: Sequence[EditPrompts], read: Read) -> list[TargetRow]:
     """Every edit behind every context template, the templates weighing alike."""
     return [
-        _row(number, prompt.ids, edit.target, read, 1.0 / len(edit.rewrites))
+        _row(number, edit, prompt.ids, read)
         for number, edit in enumerate(edits)
         for prompt in edit.rewrites
     ]
 
 
-def _row(
-    edit: int, prompt: tuple[int, ...], target: tuple[int, ...], read: Read, weight: float
-) -> TargetRow:
+def _row(number: int, edit: EditPrompts, prompt: tuple[int, ...], read: Read) -> TargetRow:
+    target, weight, source = edit.target, 1.0 / len(edit.rewrites), None
+    if edit.start is not None:
+        source, prompt = prompt, (edit.start,)
     last = len(prompt) - 1
     if read == "last_prompt_token":
-        return TargetRow(edit, prompt, (last,) * len(target), target, weight)
+        return TargetRow(number, prompt, (last,) * len(target), target, weight, source)
     places = tuple(range(last, last + len(target)))
-    return TargetRow(edit, (*prompt, *target[:-1]), places, target, weight)
+    return TargetRow(number, (*prompt, *target[:-1]), places, target, weight, source)
+
+
+def sources_of(rows: Sequence[TargetRow]) -> list[tuple[int, ...]] | None:
+    """What an encoder reads of each row; None where there is no encoder."""
+    sources = [row.source for row in rows if row.source is not None]
+    assert len(sources) in (0, len(rows)), "rows of two kinds of models"
+    return sources or None
 
 
 @dataclass(frozen=True)

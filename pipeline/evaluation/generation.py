@@ -26,9 +26,9 @@ def generate(
 ) -> list[str]:
     """Continue prompts with the most likely token each time; the new text only.
 
-    A continuation ends before an end-of-text token or after `max_new_tokens`. What the model's own
-    generation settings say of sampling, beams and penalties does not count. Each distinct prompt
-    is continued once.
+    A continuation ends before an end-of-text token or after `max_new_tokens`; an encoder-decoder
+    model's is its answer. What the model's own generation settings say of sampling, beams and
+    penalties does not count. Each distinct prompt is continued once.
 
     Args:
         batch_tokens: tokens of a batch at most, padding and the tokens to come counted; a longer
@@ -51,6 +51,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=pad_token_id(tokenizer),
+        decoder_start_token_id=model.answers.start,
     )
     continued: dict[str, str] = {}
     with _generation_config(model.model, config), torch.inference_mode():
@@ -63,13 +64,18 @@ def generate(
 
 
 def _continue(model: EditableModel, rows: Sequence[Sequence[int]], pad_id: int) -> list[list[int]]:
-    """New ids of each row: left padding, so that all rows grow at the same end."""
+    """New ids of each row: left padding, so that all rows grow at the same end.
+
+    An encoder-decoder model's rows begin with the decoder's start token.
+    """
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     device = model.input_device
-    whole = model.model.generate(input_ids=ids.to(device), attention_mask=real.to(device))
-    return whole[:, width:].tolist()
+    whole = model.model.generate(
+        input_ids=ids.to(device), attention_mask=real.to(device), **model.new_cache()
+    )
+    return whole[:, 1 if model.answers.is_apart else width :].tolist()
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

@@ -4,6 +4,9 @@
 
 Every answer is a segment of its own that continues the prompt: it sees the prompt and itself, and
 its positions start where the prompt ends. An answer of one token adds nothing to the row.
+
+Of an encoder-decoder model the row is the decoder's: its start token stands in the prompt's place,
+and the prompt is the row's source, which the encoder reads once for all answers of the row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import InputError
 from pipeline.evaluation.probes import Probe
+from pipeline.models.answers import CONTINUED, AnswerForm
 from pipeline.prompts import encode_targets, token_ids
 
 ANSWER_TOKENS = 128
@@ -49,7 +53,8 @@ class EncodedProbes:
         answers: for each prompt the ids of its distinct answers; numbered through, these are pairs.
         new: for each probe the number of its pair with `target_new`, None without one.
         true: the same with `target_true`.
-        lengths: positions that each probe needs.
+        lengths: positions that each probe needs, the encoder's included.
+        start: the decoder's first token, where an encoder reads the prompts.
     """
 
     prompts: list[list[int]]
@@ -57,9 +62,12 @@ class EncodedProbes:
     new: list[int | None]
     true: list[int | None]
     lengths: list[int]
+    start: int | None = None
 
 
-def encode_probes(tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> EncodedProbes:
+def encode_probes(
+    tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], answers: AnswerForm = CONTINUED
+) -> EncodedProbes:
     """Tokenise probes, prompts and answers in one batch each.
 
     Raises:
@@ -74,7 +82,7 @@ def encode_probes(tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -
         for target in (probe.target_new, probe.target_true)
         if target is not None
     )
-    ids_of = dict(zip(targets, encode_targets(tokenizer, list(targets)), strict=True))
+    ids_of = dict(zip(targets, encode_targets(tokenizer, list(targets), answers), strict=True))
     slots: list[dict[tuple[int, ...], int]] = [{} for _ in texts]
     places: list[tuple[int, int | None, int | None]] = []
     lengths: list[int] = []
@@ -94,13 +102,14 @@ def encode_probes(tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -
             )
         )
         lengths.append(len(prompts[i]) + max(len(new or ()), len(true or ())) - 1)
-    first = np.cumsum([0, *(len(answers) for answers in slots)]).tolist()
+    first = np.cumsum([0, *(len(of_prompt) for of_prompt in slots)]).tolist()
     return EncodedProbes(
         prompts,
-        [list(answers) for answers in slots],
+        [list(of_prompt) for of_prompt in slots],
         [None if new is None else first[i] + new for i, new, _ in places],
         [None if true is None else first[i] + true for i, _, true in places],
         lengths,
+        answers.start,
     )
 
 
@@ -113,6 +122,7 @@ class Layout:
         columns, labels, pairs: (answer tokens,) the index in its row of the token that predicts it,
             the answer token's id, and the pair that it belongs to.
         label_starts: (rows + 1,) where each row's answer tokens begin.
+        sources: what an encoder reads of each row; None where there is no encoder.
     """
 
     def __init__(self, encoded: EncodedProbes) -> None:
@@ -124,7 +134,9 @@ class Layout:
         pairs: list[int] = []
         starts, label_starts = [0], [0]
         pair = 0
-        for prompt, answers in zip(encoded.prompts, encoded.answers, strict=True):
+        sources: list[list[int]] = []
+        for text, answers in zip(encoded.prompts, encoded.answers, strict=True):
+            prompt = text if encoded.start is None else [encoded.start]
             size = len(prompt)
             for group in _groups(answers, max(ANSWER_TOKENS, size)):
                 row = len(ids)
@@ -141,9 +153,11 @@ class Layout:
                     positions += range(size, size + inner)
                     segments += [segment] * inner
                     pair += 1
+                sources.append(text)
                 starts.append(len(ids))
                 label_starts.append(len(labels))
         self.num_pairs = pair
+        self.sources = None if encoded.start is None else sources
         self.ids, self.positions = as_ints(ids), as_ints(positions)
         self.segments = as_ints(segments)
         self.columns, self.labels, self.pairs = as_ints(columns), as_ints(labels), as_ints(pairs)
@@ -151,7 +165,15 @@ class Layout:
 
     @property
     def lengths(self) -> list[int]:
-        return np.diff(self.starts).tolist()
+        """Tokens of each row, its source's included."""
+        own: list[int] = np.diff(self.starts).tolist()
+        if self.sources is None:
+            return own
+        return [length + len(source) for length, source in zip(own, self.sources, strict=True)]
+
+    def sources_of(self, rows: Sequence[int]) -> list[list[int]] | None:
+        """What an encoder reads of some rows."""
+        return None if self.sources is None else [self.sources[row] for row in rows]
 
     def tokens(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
         """Ids, positions and segments of some rows, (rows, longest) each; segment -1 at padding."""

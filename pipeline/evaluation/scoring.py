@@ -39,8 +39,8 @@ def score(
     """Score probes, in their order.
 
     Each distinct pair of a prompt and an answer is scored once. The answer's ids follow the
-    prompt's ids; text is never joined and segmented again. Logits are float32 (float64 for a
-    float64 model).
+    prompt's ids; text is never joined and segmented again. (An encoder-decoder model's answers are
+    texts of their own, and end.) Logits are float32 (float64 for a float64 model).
 
     Args:
         max_tokens: tokens of a batch at most, padding counted; a longer row is a batch of its own.
@@ -51,7 +51,7 @@ def score(
     """
     if not probes:
         return []
-    encoded = encode_probes(tokenizer, probes)
+    encoded = encode_probes(tokenizer, probes, model.answers)
     _check_fit(model.max_positions, probes, encoded)
     layout = Layout(encoded)
     nll, right, said = _run(model, layout, max_tokens)
@@ -99,7 +99,9 @@ def _run(
         hidden = model.final(
             None,
             first=0,
-            masks=model.masks(positions, torch.stack([segments, parent], dim=-1)),
+            masks=model.masks(
+                positions, torch.stack([segments, parent], dim=-1), sources=layout.sources_of(batch)
+            ),
             position_ids=positions,
             input_ids=ids,
             read=torch.from_numpy(read).to(model.output_device),

@@ -14,7 +14,9 @@ import yaml
 from pipeline.editing.values import ValueSettings
 from pipeline.editors import read_card
 from pipeline.errors import InputError
+from pipeline.models.answers import is_encoder_decoder, num_blocks
 from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec
+from pipeline.spec.method import ENCODER_DECODER_METHODS
 from pipeline.yaml_text import read_yaml
 
 EDITING_FILE = "editing.yaml"
@@ -33,8 +35,11 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
 
     Raises:
         InputError: no layers are given and none are published for this model, a layer does not
-            exist, or there are too many or too few of them for the method.
+            exist, or there are too many or too few of them for the method; or the model has an
+            encoder, and what is asked for needs a model without one.
     """
+    if is_encoder_decoder(config):
+        _require_what_encoder_decoders_have(spec)
     text_config = config.get_text_config()
     published, source = _published(text_config, model_path)
     own = published.get("methods", {}).get(spec.method.name, {})
@@ -42,18 +47,18 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     given = _with_editor(spec.method)
     open_ = _last_blocks(given, {**general, **own}, text_config)
     method = _merge(given, _own_layers(given, open_))
-    method = _all_layers(method, int(text_config.num_hidden_layers))
+    method = _all_layers(method, num_blocks(config))
     if method.is_adapter and method.layers is None:
-        method = method.model_copy(update={"layers": (int(text_config.num_hidden_layers) - 1,)})
+        method = method.model_copy(update={"layers": (num_blocks(config) - 1,)})
     needed = _needed(method)
     if any(getattr(method, name) is None for name in needed):
         raise InputError(
             f"model.path: no editing settings are published for {model_path}"
             f" ({_shape(text_config)}); give {' and '.join(f'method.{name}' for name in needed)}"
-            " (`editfleet trace` proposes layers)"
+            f"{'' if is_encoder_decoder(config) else ' (`editfleet trace` proposes layers)'}"
         )
     method = _bare_prompt(_boundary_layers(method))
-    _check_layers(method, int(text_config.num_hidden_layers))
+    _check_layers(method, num_blocks(config))
     samples = spec.covariance.samples or published.get("covariance", {}).get("samples")
     corpus = spec.covariance.corpus or published.get("covariance", {}).get("corpus")
     covariance = spec.covariance.model_copy(update={"samples": samples, "corpus": corpus})
@@ -63,6 +68,30 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
 def value_settings(method: MethodSpec) -> ValueSettings:
     """The value search's settings of a resolved method."""
     return ValueSettings(**method.value.model_dump(exclude={"loss_layer"}))
+
+
+def _require_what_encoder_decoders_have(spec: JobSpec) -> None:
+    """Refuse for an encoder-decoder model what is for decoder-only ones.
+
+    Raises:
+        InputError: the spec asks for it.
+    """
+    model = f"{spec.model.path} is an encoder-decoder model"
+    if spec.trace is not None:
+        raise InputError(
+            f"trace: causal tracing restores states of one stream of tokens, and {model}; trace a"
+            " decoder-only one"
+        )
+    if spec.method.name not in ENCODER_DECODER_METHODS:
+        raise InputError(
+            f"method.name: {spec.method.name} edits decoder-only models, and {model}; take one of"
+            f" {', '.join(sorted(ENCODER_DECODER_METHODS))}"
+        )
+    if spec.evaluation.general.corpus is not None:
+        raise InputError(
+            f"evaluation.general: the perplexity of running text has no meaning where {model}; set"
+            " evaluation.general.corpus to null"
+        )
 
 
 def _published(config: Any, model_path: str) -> tuple[dict[str, Any], str]:
@@ -202,4 +231,4 @@ def _table() -> dict[str, Any]:
 
 
 def _shape(config: Any) -> str:
-    return f"{config.model_type}, {config.num_hidden_layers} blocks of width {config.hidden_size}"
+    return f"{config.model_type}, {num_blocks(config)} blocks of width {config.hidden_size}"

@@ -27,6 +27,9 @@ class Family:
             of them where there are several.
         is_gated: the MLP multiplies two maps of its input.
         masks_by_layer_type: the base takes a dict of 4D masks, one a layer type, not one mask.
+        encoder: path to the stack that reads the prompt; None in a decoder-only model. The paths
+            above are then the decoder's.
+        cross_attention: path inside a decoder block to the attention to what the encoder puts out.
     """
 
     base: str
@@ -37,6 +40,8 @@ class Family:
     up_projection: str
     is_gated: bool = False
     masks_by_layer_type: bool = False
+    encoder: str | None = None
+    cross_attention: str | None = None
 
 
 _LLAMA = Family("model", "model.layers", "self_attn", "mlp.down_proj", "mlp", "mlp.gate_proj", True)
@@ -62,7 +67,22 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _QWEN,
     "gemma3_text": _QWEN,
     "gemma3": replace(_QWEN, base="model.language_model", blocks="model.language_model.layers"),
+    "t5": Family(
+        "decoder",
+        "decoder.block",
+        "layer.0.SelfAttention",
+        "layer.2.DenseReluDense.wo",
+        "layer.2.DenseReluDense",
+        "layer.2.DenseReluDense.wi",
+        encoder="encoder",
+        cross_attention="layer.1.EncDecAttention",
+    ),
 }
+
+_GATED = {
+    "t5": replace(FAMILIES["t5"], up_projection="layer.2.DenseReluDense.wi_0", is_gated=True),
+}
+"""Of model types that have both, the form whose configuration says `is_gated_act`."""
 
 
 def family_named(model_type: str) -> Family:
@@ -88,11 +108,15 @@ def family_of(model: PreTrainedModel) -> Family:
     """
     model_type = model.config.model_type
     family = family_named(model_type)
+    if getattr(model.config, "is_gated_act", False):
+        family = _GATED.get(model_type, family)
     try:
         block = model.get_submodule(family.blocks)[0]  # type: ignore[index]
         model.get_submodule(family.base)
+        model.get_submodule(family.encoder or family.base)
         block.get_submodule(family.attention)
         block.get_submodule(family.up_projection)
+        block.get_submodule(family.cross_attention or family.attention)
         down_projection = block.get_submodule(family.down_projection)
     except (AttributeError, IndexError) as error:
         raise ModelNotSupportedError(

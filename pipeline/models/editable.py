@@ -6,7 +6,7 @@ through untouched while the context is open, which costs nothing but the call.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ModelNotSupportedError
 from pipeline.models.anatomy import family_of, is_transposed
+from pipeline.models.answers import CONTINUED, AnswerForm
 from pipeline.models.caches import AttentionCache
 from pipeline.models.masks import attention_masks
 
@@ -30,8 +31,16 @@ class EditableModel:
         ModelNotSupportedError: the architecture is not covered.
     """
 
+    has_encoder = False
+    """Whether prompts are read by an encoder (see `EncoderDecoderModel`)."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.family = family_of(model)
+        if (self.family.encoder is not None) != self.has_encoder:
+            raise ModelNotSupportedError(
+                f"{type(self).__name__} is no view of model type {model.config.model_type!r};"
+                " pipeline.models.encoder_decoder.editable_model chooses the right one"
+            )
         self.model = model.eval().requires_grad_(False)
         self.base = model.get_submodule(self.family.base)
         self.blocks: list[nn.Module] = list(model.get_submodule(self.family.blocks))  # type: ignore[call-overload]
@@ -93,6 +102,15 @@ class EditableModel:
         limit = getattr(self.config, "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
+    @property
+    def answers(self) -> AnswerForm:
+        """How answers stand to their prompts."""
+        return CONTINUED
+
+    def new_cache(self) -> dict[str, Any]:
+        """What transformers' own generation is to be given as a cache, beside its inputs."""
+        return {}
+
     def attention(self, layer: int) -> nn.Module:
         return self.blocks[layer].get_submodule(self.family.attention)
 
@@ -104,7 +122,7 @@ class EditableModel:
     @property
     def activation(self) -> str:
         """The feed-forward networks' activation, as transformers names it."""
-        names = ("hidden_activation", "activation_function", "hidden_act")
+        names = ("hidden_activation", "activation_function", "hidden_act", "dense_act_fn")
         found = (getattr(self.config, name, None) for name in names)
         return next(name for name in found if isinstance(name, str))
 
@@ -129,13 +147,31 @@ class EditableModel:
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight.data.T if is_transposed(module) else weight.data
 
-    def masks(self, positions: Tensor, segments: Tensor, query_start: int = 0) -> Any:
-        """4D additive masks in the form that this architecture takes; see `attention_masks`."""
+    def masks(
+        self,
+        positions: Tensor,
+        segments: Tensor,
+        query_start: int = 0,
+        sources: Sequence[Sequence[int]] | None = None,
+    ) -> Any:
+        """4D additive masks in the form that this architecture takes; see `attention_masks`.
+
+        `sources` are for `EncoderDecoderModel`.
+        """
+        assert sources is None, "this model has no encoder"
         by_type = attention_masks(self.config, positions, segments, query_start, self.dtype)
         if self.family.masks_by_layer_type:
             return by_type
         kind = "sliding_attention" if self._slides_everywhere() else "full_attention"
         return by_type[kind]
+
+    def ready(self, masks: Any) -> Any:
+        """Masks with all that can be computed once for many calls."""
+        return masks
+
+    def ready_bytes(self, masks: Any) -> int:
+        """Bytes that `ready` adds to them."""
+        return 0
 
     def run(
         self,
@@ -256,7 +292,8 @@ class EditableModel:
         def trimmed(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             flat, place = hidden.flatten(0, 1), read.to(hidden.device)
             output = whole(flat[place][None], *args, **kwargs)[0]
-            return torch.zeros_like(flat).index_copy(0, place, output).view_as(hidden)
+            # T5's down-projection stays in float32 where the model is in float16.
+            return output.new_zeros(flat.shape).index_copy(0, place, output).view_as(hidden)
 
         with forward_replaced(mlp, trimmed):
             yield

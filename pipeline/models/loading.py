@@ -1,4 +1,4 @@
-"""Load a causal LM and its tokenizer, and tell one model's weights from another's."""
+"""Load a language model and its tokenizer, and tell one model's weights from another's."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline import factworld
 from pipeline.errors import InputError
 from pipeline.models.anatomy import family_named
+from pipeline.models.answers import is_encoder_decoder
 from pipeline.models.placement import place
 from pipeline.spec import ModelSpec
 
@@ -92,7 +94,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def load_model(spec: ModelSpec, *devices: torch.device) -> PreTrainedModel:
-    """Load the causal LM from safetensors onto a device, in the spec's dtype, in evaluation mode.
+    """Load the language model from safetensors onto a device, in the spec's dtype, for evaluation.
 
     `auto` is the checkpoint's dtype, but float32 for float16 on a processor. Over several devices
     it is spread as `pipeline.models.placement` says.
@@ -105,7 +107,7 @@ def load_model(spec: ModelSpec, *devices: torch.device) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     hint = "" if spec.allow_pickle else " (weights load from safetensors only)"
     with _loading(f"{spec.path!r}{hint}"):
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = auto_class(config).from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=False,
@@ -122,12 +124,17 @@ def load_model(spec: ModelSpec, *devices: torch.device) -> PreTrainedModel:
         # transformers fills what is missing with random numbers.
         raise InputError(
             f"model.path: {spec.path!r} lacks {len(missing)} weights, among them"
-            f" {min(missing)}; the checkpoint is not a whole causal language model"
+            f" {min(missing)}; the checkpoint is not a whole language model"
         )
     if spec.dtype == "auto" and devices[0].type == "cpu" and model.dtype == torch.float16:
         model.float()  # processors compute float16 slowly, if at all
     place(model, devices)
     return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a language model of this configuration."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
 def save_model(

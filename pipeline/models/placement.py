@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
 from pipeline.models.anatomy import family_of
+from pipeline.models.answers import is_encoder_decoder
 
 DeviceMap = dict[str, torch.device]
 """Name of a module -> where it is, for modules that hold all weights and buffers between them."""
@@ -57,11 +58,17 @@ def place(model: PreTrainedModel, devices: Sequence[torch.device]) -> None:
     """Put a model onto a device, or spread it over several.
 
     Raises:
-        InputError: there are more devices than blocks, or accelerate is not installed.
+        InputError: there are more devices than blocks, the model has an encoder, or accelerate is
+            not installed.
     """
     if len(devices) == 1:
         nn.Module.to(model, devices[0])
         return
+    if is_encoder_decoder(model.config):
+        raise InputError(
+            "cluster.gpus_per_worker: an encoder-decoder model is not spread over several GPUs;"
+            " take 1"
+        )
     try:
         # Only a model on several devices needs it.
         from accelerate import dispatch_model

@@ -77,7 +77,7 @@ def make_estimate(
     if spec.train is not None:
         raise InputError("train: trainings are not estimated; set train to null to plan an edit")
     model, tokenizer = outline(spec.model, device=device), load_tokenizer(spec.model)
-    edits = sample_edits(plan, tokenizer)
+    edits = sample_edits(plan, tokenizer, model.answers)
     taken = expected_steps(spec) if steps is None else steps
     work = count_work(plan, model, tokenizer, edits, taken)
     measured = rate is None
@@ -254,10 +254,7 @@ def _moved_in_training(
     """Of a gradient method: `keys` are factors, `updates` what every step changes, dense."""
     method, d = build_gradient_method(plan.spec.method), model.hidden_size
     tokens = [
-        sum(
-            len(edit.target) + (len(row.ids) - 1 if method.tokens == "all" else 0)
-            for row in edit.rewrites
-        )
+        sum(len(edit.target) + (stem - 1 if method.tokens == "all" else 0) for stem in edit.stems)
         for edit in edits
     ]
     rows = plan.num_requests * method.epochs * sum(tokens) / len(tokens)

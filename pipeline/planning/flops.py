@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.models.editable import EditableModel
+from pipeline.models.encoder_decoder import EncoderDecoderModel
 from pipeline.prompts import EditPrompts, FactPrompts
 
 
@@ -24,22 +25,35 @@ class ModelSize:
         mlps: of every block's MLP alone; 0 where it is no module of its own.
         downs: of every block's down-projection alone.
         unembedding: d x v.
+        encoder: of all of an encoder's blocks, for a token that it reads.
+        crossing: of every decoder block's maps of what the encoder has read, for a token of that;
+            not among those of `blocks`.
     """
 
     blocks: tuple[int, ...]
     mlps: tuple[int, ...]
     downs: tuple[int, ...]
     unembedding: int
+    encoder: int = 0
+    crossing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: EditableModel) -> "ModelSize":
         """Count a model's matrices; vectors (norms, biases) are left out."""
         mlps = [model.mlp(layer) for layer in range(model.num_blocks)]
+        encoder, crossing = 0, [0] * model.num_blocks
+        if isinstance(model, EncoderDecoderModel):
+            embedding: nn.Module = model.model.get_input_embeddings()
+            encoder = _entries(model.encoder) - _entries(embedding)
+            # Keys and values; queries and output are of the decoder's own tokens.
+            crossing = [_entries(attention) // 2 for attention in model.cross_attentions]
         return cls(
-            tuple(_entries(block) for block in model.blocks),
+            tuple(_entries(block) - m for block, m in zip(model.blocks, crossing, strict=True)),
             tuple(0 if mlp is None else _entries(mlp) for mlp in mlps),
             tuple(_entries(model.down_projection(layer)) for layer in range(model.num_blocks)),
             model.hidden_size * model.vocab_size,
+            encoder,
+            tuple(crossing),
         )
 
     def up_to(self, layer: int) -> int:
@@ -49,6 +63,11 @@ class ModelSize:
     def above(self, layer: int) -> int:
         """Blocks above `layer`."""
         return sum(self.blocks[layer + 1 :])
+
+    @property
+    def source(self) -> int:
+        """What a token that the encoder reads is multiplied by."""
+        return self.encoder + sum(self.crossing)
 
 
 def _entries(module: nn.Module) -> int:
@@ -107,8 +126,9 @@ def gradient_flops(
 ) -> float:
     """FLOP of so many gradients of the target's loss, summed over edits.
 
-    What lies below the lowest edited block runs once. From there on every pass goes forwards and
-    backwards, the last MLP and the vocabulary where the loss is read only.
+    What lies below the lowest edited block runs once, and so does an encoder. From there on every
+    pass goes forwards and backwards, the last MLP and the vocabulary where the loss is read only;
+    what the blocks make of the encoder's states goes forwards only.
 
     Args:
         size: the model's.
@@ -121,10 +141,12 @@ def gradient_flops(
     total = 0.0
     for edit in edits:
         target = 1 if at_prompt else len(edit.target)
-        tokens = sum(len(row.ids) + target - 1 for row in edit.rewrites)
+        tokens, source = sum(stem + target - 1 for stem in edit.stems), sum(edit.sources)
         read = target * len(edit.rewrites)
         a_pass = (above - size.mlps[-1]) * tokens + (size.mlps[-1] + size.unembedding) * read
         total += 2.0 * below * tokens + 4.0 * passes * a_pass
+        once = size.encoder + sum(size.crossing[:layer])
+        total += 2.0 * source * (once + passes * sum(size.crossing[layer:]))
     return total
 
 
@@ -226,7 +248,17 @@ def factor_flops(key_size: int, *, has_basis: bool) -> float:
     return key_size**3 * (1 / 3 + (9.0 if has_basis else 0.0))
 
 
-def scoring_flops(size: ModelSize, tokens: float, read: float) -> float:
-    """FLOP of scoring rows of so many tokens: the last MLP and the vocabulary where it is read."""
+def scoring_flops(size: ModelSize, tokens: float, read: float, source: float = 0.0) -> float:
+    """FLOP of scoring rows of so many tokens: the last MLP and the vocabulary where it is read.
+
+    `source` tokens are read by an encoder.
+    """
     whole = (sum(size.blocks) - size.mlps[-1]) * tokens
-    return 2.0 * (whole + (size.mlps[-1] + size.unembedding) * read)
+    read_out = (size.mlps[-1] + size.unembedding) * read
+    return 2.0 * (whole + read_out + size.source * source)
+
+
+def continuation_flops(size: ModelSize, prompt: int, new: int) -> float:
+    """FLOP of continuing a prompt by so many tokens, each of which runs once."""
+    tokens, source = (new, prompt) if size.encoder else (prompt + new, 0)
+    return 2.0 * (sum(size.blocks) * tokens + size.unembedding * new + size.source * source)

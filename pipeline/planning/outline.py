@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from pipeline.models.answers import is_encoder_decoder
 from pipeline.models.editable import EditableModel
-from pipeline.models.loading import load_config
+from pipeline.models.encoder_decoder import EncoderDecoderModel
+from pipeline.models.loading import auto_class, load_config
 from pipeline.spec import ModelSpec
 
 
@@ -22,6 +23,10 @@ class ModelOutline(EditableModel):
         return False
 
 
+class EncoderDecoderOutline(ModelOutline, EncoderDecoderModel):
+    """The same of a model with an encoder."""
+
+
 def outline(spec: ModelSpec, *, device: torch.device) -> ModelOutline:
     """Build a model's outline in the type that it will compute in on a device.
 
@@ -31,8 +36,9 @@ def outline(spec: ModelSpec, *, device: torch.device) -> ModelOutline:
     """
     config = load_config(spec)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    return ModelOutline(model.to(computing_type(spec, config, device)))
+        model: Any = auto_class(config).from_config(config)
+    kind = EncoderDecoderOutline if is_encoder_decoder(config) else ModelOutline
+    return kind(model.to(computing_type(spec, config, device)))
 
 
 def computing_type(spec: ModelSpec, config: Any, device: torch.device) -> torch.dtype:

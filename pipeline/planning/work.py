@@ -18,9 +18,11 @@ from pipeline.cluster.training import EDITS_OF_A_PIECE
 from pipeline.evaluation.packing import Layout, encode_probes
 from pipeline.evaluation.probes import Probe
 from pipeline.methods import build_adapter_method, build_gradient_method, build_method
+from pipeline.models.answers import AnswerForm
 from pipeline.planning.flops import (
     ModelSize,
     attribution_flops,
+    continuation_flops,
     covariance_flops,
     factor_flops,
     gradient_flops,
@@ -266,14 +268,16 @@ def _pieces(of_one: Sequence[float], counts: Sequence[Sequence[int]]) -> tuple[P
     return tuple(Pieces(tuple(one * n for n in numbers)) for numbers in counts for one in of_one)
 
 
-def sample_edits(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[EditPrompts]:
+def sample_edits(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, answers: AnswerForm
+) -> list[EditPrompts]:
     """Some of a plan's requests, evenly spaced, behind its contexts or as many of usual length."""
     requests = [request for shard in plan.shards for request in shard.items]
     contexts = plan.spec.method.contexts
     if contexts is None:
         drawn = [" ".join([word] * (CONTEXT_TOKENS - 1)) for word in CONTEXT_SEEDS]
         contexts = ("{}", *(f"{text}. {{}}" for text in drawn))
-    return tokenize_edits(tokenizer, evenly(requests, _SAMPLED_REQUESTS), contexts)
+    return tokenize_edits(tokenizer, evenly(requests, _SAMPLED_REQUESTS), contexts, answers)
 
 
 def expected_steps(spec: JobSpec) -> float:
@@ -306,7 +310,7 @@ def _evaluation(
     largest = max(probes.values(), key=len, default=[])
     if not largest:
         return {}, {}
-    scored, continued = _probe_costs(plan.spec, size, tokenizer, largest)
+    scored, continued = _probe_costs(plan.spec, model.answers, size, tokenizer, largest)
 
     def pieces(each: float) -> dict[str, tuple[Pieces, ...]]:
         return {
@@ -321,7 +325,11 @@ def _evaluation(
 
 
 def _probe_costs(
-    spec: JobSpec, size: ModelSize, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]
+    spec: JobSpec,
+    answers: AnswerForm,
+    size: ModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
 ) -> tuple[float, float]:
     """Mean FLOP of scoring a probe, and of continuing it where the spec asks for that."""
     settings, sample = spec.evaluation, []
@@ -333,8 +341,9 @@ def _probe_costs(
     asked = [probe for probe in sample if probe.kind != "generation"]
     flops = 0.0
     if asked:
-        layout = Layout(encode_probes(tokenizer, asked))
-        flops = scoring_flops(size, len(layout.ids), len(layout.labels))
+        layout = Layout(encode_probes(tokenizer, asked, answers))
+        source = sum(len(ids) for ids in layout.sources or ())
+        flops = scoring_flops(size, len(layout.ids), len(layout.labels), source)
     continued = 0.0
     lengths = {
         "generation": settings.fluency_tokens,
@@ -343,8 +352,7 @@ def _probe_costs(
     }  # fmt: skip
     prompts = [probe for probe in sample if probe.kind in lengths]
     for probe, ids in zip(prompts, _prompt_ids(prompts, tokenizer), strict=True):
-        new = lengths[probe.kind]
-        continued += 2.0 * sum(size.blocks) * (len(ids) + new) + 2.0 * size.unembedding * new
+        continued += continuation_flops(size, len(ids), lengths[probe.kind])
     return flops / len(sample), continued / len(sample)
 
 
