@@ -277,7 +277,7 @@ def test_slots_have_the_same_bits_on_ray_and_when_stopped(
     cluster = "cluster={engine: ray, workers: 2, shard_size: 3, reducer_threads: 1}"
     there = run_sequential(_slots(tiny, tmp_path / "ray", *rounds, cluster))
     assert _slot_bits(read(there.path)) == expected
-    submit, left = InProcessEngine.submit, [20]
+    submit, left = InProcessEngine.submit, [12]
 
     def counted(self: InProcessEngine, worker: int, method: str, *a: Any, **k: Any) -> Call:
         left[0] -= method == "gradients"
