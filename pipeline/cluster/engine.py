@@ -82,6 +82,10 @@ class Engine(Protocol):
         """Call the reducer and wait for its answer (WorkerLostError as in `result`)."""
         ...
 
+    def lane(self, worker: int) -> "Engine":
+        """An engine of this worker alone, with a reducer of its own; closing it ends that."""
+        ...
+
     def close(self) -> None:
         """End all workers."""
         ...
@@ -138,6 +142,10 @@ class InProcessEngine:
         """Call the reducer."""
         with compute_threads(self.spec.cluster.reducer_threads):
             return getattr(self._reducer, method)(*args)
+
+    def lane(self, worker: int) -> "Engine":
+        """This engine, which has one worker."""
+        return self
 
     def close(self) -> None:
         """Nothing outlives this process."""

@@ -1,6 +1,7 @@
 """Calls to Ray actors, and which of Ray's errors mean that something was lost."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -78,12 +79,56 @@ class RayCalls:
             self._reducer = self._new_reducer()
             raise
 
+    def lane(self, worker: int) -> "RayLane":
+        """An engine of this worker alone, with a reducer of its own."""
+        return RayLane(self, worker)
+
+    def restart(self, worker: int) -> None:
+        """Replace a lost worker."""
+        raise NotImplementedError
+
     def _bound(self, worker: int, method: str) -> tuple[Any, tuple[Any, ...]]:
         """The actor's method that stands for a worker's, and what comes before its arguments."""
         return getattr(self._workers[worker], method), ()
 
     def _new_reducer(self) -> Any:
         raise NotImplementedError
+
+
+class RayLane(RayCalls):
+    """One worker of an engine, for work that needs no other, with a reducer of its own.
+
+    Args:
+        engine: whose worker it is.
+        worker: its number there; here it is 0.
+    """
+
+    num_workers = 1
+
+    def __init__(self, engine: RayCalls, worker: int) -> None:
+        self._engine, self._worker = engine, worker
+        self.spec = engine.spec
+        self._reducer = self._new_reducer()
+
+    def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Start a method."""
+        call = self._engine.submit(self._worker, method, *args, **kwargs)
+        return replace(call, worker=worker)
+
+    def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
+        """Wait for one call."""
+        return self._engine.wait(calls, timeout)
+
+    def restart(self, worker: int) -> None:
+        """Replace the worker if it is lost."""
+        self._engine.restart(self._worker)
+
+    def close(self) -> None:
+        """End the reducer; the worker is the engine's."""
+        ray.kill(self._reducer)
+
+    def _new_reducer(self) -> Any:
+        return self._engine._new_reducer()
 
 
 def _combined(function: Callable[[Sequence[Any]], Any], threads: int, *parts: Any) -> Any:

@@ -159,7 +159,8 @@ def finish_run(
     status: str = "finished",
 ) -> dict[str, Any]:
     """Write summary.json, close the manifest, and return the summary."""
-    is_study = store.manifest["spec"]["rounds"] is not None
+    study = store.manifest["spec"]["rounds"]
+    is_study = study is not None
     seconds = _rounded(progress.seconds)
     rounds = [entry.model_dump() for entry in read_seconds(store.path)] if is_study else None
     summary = {
@@ -169,6 +170,7 @@ def finish_run(
             store.read_parts("metrics"),
             store.read_parts("general"),
             rounds,
+            rolled_back=is_study and study["rollback"],
         ),
         "seconds": seconds,
     }

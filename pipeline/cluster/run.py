@@ -154,6 +154,11 @@ def check_job(plan: Plan, store: RunStore | None, progress: PhaseProgress) -> Ru
     Raises:
         InputError: the plan cannot be carried out, or is another than the run's.
     """
+    if plan.spec.rolls_back and plan.spec.output.save_model:
+        raise InputError(
+            "output.save_model: every round is rolled back (rounds.rollback), so no model holds the"
+            " edits; `editfleet export RUN DIR --round N` writes that of a round"
+        )
     rounds = range(len(plan.rounds.shards))
     check_batch(plan.spec.method, max(len(plan.rounds.requests(round)) for round in rounds))
     if store is None:

@@ -208,6 +208,20 @@ class Scheduler:
                 self._replace(call.worker, error)
             self._announce(Ended("apply", call.worker, seconds, came_of_it, version=version))
 
+    def revert(self) -> None:
+        """Put the unedited weights back everywhere: version 0."""
+        self._updates.clear()
+        self.version = 0
+        self.broadcast("revert")
+
+    def beside(self, engine: Engine) -> "Scheduler":
+        """A scheduler over some of this one's workers, at version 0, which know what these know."""
+        waiter = self._waiter
+        times = waiter.stall_seconds, waiter.call_timeout_seconds
+        other = Scheduler(engine, self.max_retries, *times)
+        other._told = dict(self._told)
+        return other
+
     def _announce(self, ended: Ended) -> None:
         for observer in self.observers:
             observer(ended)

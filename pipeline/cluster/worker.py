@@ -231,6 +231,12 @@ class EditWorker:
         self.weights.apply(layer, update)
         return self.weights.version
 
+    def revert(self) -> None:
+        """Put the unedited weights back, to the bit: version 0."""
+        self.weights.revert()
+        self._waves.clear()
+        self._laid_out.clear()
+
     def masters(self, *, version: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Every edited weight as it is now and as it was at first: layer -> (D, F) float64."""
         self._require(version)

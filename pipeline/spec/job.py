@@ -67,6 +67,11 @@ class JobSpec(Part):
             return Path(self.place)
         return copy_directory(self.url, "driver", self.output.staging)
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether every round begins at the unedited model."""
+        return self.rounds is not None and self.rounds.rollback
+
     def at(self, place: Path | str) -> "JobSpec":
         """The same job with its run in another place."""
         output = self.output.model_copy(update={"path": str(place)})
