@@ -30,7 +30,7 @@ from pipeline.watching import logs
 from pipeline.watching.watch import watch_of
 
 
-class _Hosts(Protocol):
+class Hosts(Protocol):
     """Workers that several studies share."""
 
     ended: threading.Event
@@ -141,7 +141,7 @@ def _run_side_by_side(members: list[_Member], sharing: Sharing) -> None:
     with ExitStack() as starting:
         for member in members:
             starting.enter_context(member.progress.phase("start", 1))
-        hosts = _start_hosts([member.plan.spec for member in members])
+        hosts = start_hosts([member.plan.spec for member in members], len(members))
     threads = [
         threading.Thread(target=_run_member, args=(hosts, place, member, len(members), sharing))
         for place, member in enumerate(members)
@@ -175,7 +175,7 @@ def _require_none_failed(members: list[_Member]) -> None:
     )
 
 
-def _run_member(hosts: _Hosts, place: int, member: _Member, studies: int, sharing: Sharing) -> None:
+def _run_member(hosts: Hosts, place: int, member: _Member, studies: int, sharing: Sharing) -> None:
     spec = member.plan.spec
     try:
         engine = hosts.engine(place)
@@ -195,10 +195,11 @@ def _run_member(hosts: _Hosts, place: int, member: _Member, studies: int, sharin
             member.progress.say(f"ended early: {error}")
 
 
-def _start_hosts(specs: list[JobSpec]) -> _Hosts:
+def start_hosts(specs: Sequence[JobSpec], at_once: int) -> Hosts:
+    """Start workers that studies of one model share, so many of them at the same time."""
     if specs[0].cluster.engine == "in_process":
-        return InProcessHosts(specs)
+        return InProcessHosts(specs, at_once)
     # Ray is imported only where it is used: the core and this engine run without it.
     from pipeline.cluster.ray_hosts import RayHosts
 
-    return RayHosts(specs)
+    return RayHosts(specs, at_once)

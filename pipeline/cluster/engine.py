@@ -86,6 +86,10 @@ class Engine(Protocol):
         """An engine of this worker alone, with a reducer of its own; closing it ends that."""
         ...
 
+    def reducers_used(self) -> list[dict[str, Any]]:
+        """What the calls to reducers took (`pipeline.cluster.usage`), where it is counted."""
+        ...
+
     def close(self) -> None:
         """End all workers."""
         ...
@@ -146,6 +150,10 @@ class InProcessEngine:
     def lane(self, worker: int) -> "Engine":
         """This engine, which has one worker."""
         return self
+
+    def reducers_used(self) -> list[dict[str, Any]]:
+        """It is not counted."""
+        return []
 
     def close(self) -> None:
         """Nothing outlives this process."""

@@ -72,12 +72,16 @@ class RayCalls:
     def reduce(self, method: str, *args: Any) -> Any:
         """Call the reducer and wait; a lost reducer is replaced before the error goes on."""
         try:
-            handle = getattr(self._reducer, method).remote(*args)
+            handle = self._reducing(self._reducer, method, *args)
             return fetch(handle, self.spec.cluster.call_timeout_seconds)
         except WorkerLostError:
             ray.kill(self._reducer)
             self._reducer = self._new_reducer()
             raise
+
+    def reducers_used(self) -> list[dict[str, Any]]:
+        """It is not counted."""
+        return []
 
     def lane(self, worker: int) -> "RayLane":
         """An engine of this worker alone, with a reducer of its own."""
@@ -91,8 +95,16 @@ class RayCalls:
         """The actor's method that stands for a worker's, and what comes before its arguments."""
         return getattr(self._workers[worker], method), ()
 
+    def _reducing(self, reducer: Any, method: str, *args: Any) -> Any:
+        """Start a method of a reducer."""
+        return getattr(reducer, method).remote(*args)
+
     def _new_reducer(self) -> Any:
         raise NotImplementedError
+
+    def _end_reducer(self, reducer: Any) -> None:
+        """Called with a reducer that is needed no more."""
+        ray.kill(reducer)
 
 
 class RayLane(RayCalls):
@@ -125,7 +137,10 @@ class RayLane(RayCalls):
 
     def close(self) -> None:
         """End the reducer; the worker is the engine's."""
-        ray.kill(self._reducer)
+        self._engine._end_reducer(self._reducer)
+
+    def _reducing(self, reducer: Any, method: str, *args: Any) -> Any:
+        return self._engine._reducing(reducer, method, *args)
 
     def _new_reducer(self) -> Any:
         return self._engine._new_reducer()

@@ -217,8 +217,8 @@ class Study:
         if ruin is None:
             return
         if self.plan.spec.output.on_divergence == "stop":
-            memory = self.scheduler.broadcast("peak_memory")
-            finish_run(store, self.progress, memory, status="failed")
+            memory, reducers = self.scheduler.broadcast("peak_memory"), self.engine.reducers_used()
+            finish_run(store, self.progress, memory, reducers, status="failed")
         stop_or_warn(self.plan.spec, ruin if self.is_batch else f"round {round}: {ruin}")
 
     def _write_edits(self, store: RunStore, notes: dict[str, str], round: int) -> None:
@@ -243,11 +243,11 @@ class Study:
             self._write_edits(store, {}, round)
 
     def _finish(self, store: RunStore) -> dict[str, Any]:
-        memory = self.scheduler.broadcast("peak_memory")
+        memory, reducers = self.scheduler.broadcast("peak_memory"), self.engine.reducers_used()
         if self.plan.spec.output.save_model:
             applied = self.plan.num_requests - len(self.failures)
             save_edited_model(store, self.scheduler, applied)
-        return finish_run(store, self.progress, memory)
+        return finish_run(store, self.progress, memory, reducers)
 
     def _covariances(self, worker: WorkerDescription) -> Covariances | None:
         """The covariances, where an update is still to be solved for."""

@@ -295,8 +295,9 @@ class EditWorker:
         """Score probes of edits of the given rounds; rows of metrics/."""
         self._require(version)
         given = self.weights, self.tokenizer, asked
-        scores = scores_of(*given, max_tokens=self._max_tokens)
-        generated = continuations_of(*given, self.spec.evaluation, max_tokens=self._max_tokens)
+        wanted, most = self.spec.evaluation, self._max_tokens
+        scores = scores_of(*given, max_tokens=most, compared=wanted.unchanged)
+        generated = continuations_of(*given, wanted, max_tokens=most)
         return conform(
             "metrics",
             metrics.rows(asked, scores, round=round, edit_rounds=edit_rounds, generated=generated),
