@@ -41,8 +41,8 @@ class Hosts(Protocol):
 
 
 @dataclass
-class _Member:
-    """One study of a comparison, and what became of it."""
+class Member:
+    """One of several studies that share workers, and what became of it."""
 
     plan: Plan
     store: RunStore | None
@@ -83,6 +83,8 @@ def run_comparison(
         InputError: as of `run_sequential`, of any study; nothing was started.
         JobFailedError: some studies could not go on; the others are finished.
     """
+    if spec.survey is not None:
+        raise InputError("survey: run it with `editfleet survey` (run_survey), or set it to null")
     if spec.rounds is None:
         raise InputError("compare: it is of sequential studies; give rounds.size too")
     if restart:
@@ -103,7 +105,7 @@ def _members(
     requests: Sequence[EditRequest] | None,
     console: Console | None,
     mirrors: list[Mirror | None],
-) -> list[_Member]:
+) -> list[Member]:
     """Plan every study and find those that are complete; requests are read once for all."""
     plans: dict[str, Plan] = {}
     members = []
@@ -116,11 +118,11 @@ def _members(
         store = open_earlier(study)
         progress = PhaseProgress(console, study.run_path.name)
         progress.watch, progress.mirror = watch_of(settled), mirror
-        members.append(_Member(plan, store, progress, check_job(plan, store, progress)))
+        members.append(Member(plan, store, progress, check_job(plan, store, progress)))
     return members
 
 
-def _held_already(members: list[_Member]) -> Sharing:
+def _held_already(members: list[Member]) -> Sharing:
     """What earlier runs hold of the work that is shared."""
     sharing = Sharing()
     for member in members:
@@ -136,14 +138,14 @@ def _held_already(members: list[_Member]) -> Sharing:
     return sharing
 
 
-def _run_side_by_side(members: list[_Member], sharing: Sharing) -> None:
+def _run_side_by_side(members: list[Member], sharing: Sharing) -> None:
     """Give every study a thread; they take turns at the workers, whose queues never run empty."""
     with ExitStack() as starting:
         for member in members:
             starting.enter_context(member.progress.phase("start", 1))
         hosts = start_hosts([member.plan.spec for member in members], len(members))
     threads = [
-        threading.Thread(target=_run_member, args=(hosts, place, member, len(members), sharing))
+        threading.Thread(target=run_member, args=(hosts, place, member, len(members), sharing))
         for place, member in enumerate(members)
     ]
     try:
@@ -164,7 +166,7 @@ def _run_side_by_side(members: list[_Member], sharing: Sharing) -> None:
             raise member.error
 
 
-def _require_none_failed(members: list[_Member]) -> None:
+def _require_none_failed(members: list[Member]) -> None:
     failed = [member for member in members if member.error is not None]
     if not failed:
         return
@@ -175,7 +177,16 @@ def _require_none_failed(members: list[_Member]) -> None:
     )
 
 
-def _run_member(hosts: Hosts, place: int, member: _Member, studies: int, sharing: Sharing) -> None:
+def run_member(hosts: Hosts, place: int, member: Member, studies: int, sharing: Sharing) -> None:
+    """Make one study of several; what ends it early becomes `member.error`.
+
+    Args:
+        hosts: the workers.
+        place: the study's place among their specs.
+        member: the study.
+        studies: how many are under way at the same time.
+        sharing: what they share.
+    """
     spec = member.plan.spec
     try:
         engine = hosts.engine(place)

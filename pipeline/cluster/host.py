@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.cluster.reducer import Reducer
 from pipeline.cluster.usage import Usage
-from pipeline.cluster.worker import EditWorker, Replica, WorkerDescription
+from pipeline.cluster.worker import EditWorker, Replica
 from pipeline.spec import JobSpec, MethodSpec
 
 _NOT_EDITING = frozenset(
@@ -54,9 +54,9 @@ class WorkerHost:
         self._workers: dict[int, tuple[EditWorker, Usage]] = {}
         self._active: int | None = None
 
-    def describe(self) -> WorkerDescription:
-        """Report model, device and the shapes of the first study."""
-        return self.worker(0).describe()
+    def describe(self) -> str:
+        """Say that the model is here: its fingerprint."""
+        return self._replica.fingerprint
 
     def worker(self, study: int) -> EditWorker:
         """A study's worker, with that study's weights in the model."""

@@ -114,6 +114,11 @@ def run_sequential(
 def _run(
     spec: JobSpec, requests: Sequence[EditRequest] | None, restart: bool, console: Console | None
 ) -> RunResult:
+    if spec.survey is not None:
+        raise InputError(
+            "survey: the spec is of many studies; run it with `editfleet survey` (run_survey), or"
+            " set survey to null"
+        )
     if spec.compare is not None:
         raise InputError(
             "compare: the spec is of several studies; run it with `editfleet sequential`"

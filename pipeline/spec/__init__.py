@@ -15,6 +15,7 @@ from pipeline.spec.job import JobSpec
 from pipeline.spec.loading import load_spec, parse_spec
 from pipeline.spec.method import MethodSpec, ValueSpec
 from pipeline.spec.rounds import RoundsSpec
+from pipeline.spec.survey import SurveySpec
 from pipeline.spec.trace import TraceSpec
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Probe",
     "RequestsSpec",
     "RoundsSpec",
+    "SurveySpec",
     "TraceSpec",
     "ValueSpec",
     "load_spec",

@@ -21,6 +21,7 @@ from pipeline.spec.groups import (
 from pipeline.spec.method import MethodSpec
 from pipeline.spec.part import Part
 from pipeline.spec.rounds import RoundsSpec
+from pipeline.spec.survey import SurveySpec
 from pipeline.spec.trace import TraceSpec
 
 _LONGEST_SHOWN = 200
@@ -46,6 +47,8 @@ class JobSpec(Part):
     the spec describes."""
     trace: TraceSpec | None = None
     """Causal tracing (`editfleet trace`), which edits nothing; null in every other job."""
+    survey: SurveySpec | None = None
+    """Models, editors and data sets to compare (`editfleet survey`); null in every other job."""
     output: OutputSpec = OutputSpec()
     seed: Seed = 0
     """Seed of everything that is drawn: generated contexts, the covariance's texts."""
@@ -104,6 +107,7 @@ _FREE = frozenset(
     {
         "name",
         "compare",
+        "survey",
         "covariance.path",
         "cluster.engine",
         "cluster.address",
