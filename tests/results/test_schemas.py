@@ -32,6 +32,8 @@ def test_columns_are_the_public_contract() -> None:
         "trace": "round case_id kind token token_text token_class layer window samples answer "
         "clean corrupted restored effect",
         "training": "round epoch step edits loss seconds",
+        "survey": "model dataset editor setting edits status measure value low high count reason"
+        " run",
         "harness": "round task metric filter unedited unedited_stderr edited edited_stderr "
         "higher_is_better count documents num_fewshot version lm_eval_version",
     }

@@ -1,0 +1,118 @@
+"""The tables of a survey, for the page and for the terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Group as Renderables
+from rich.console import RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from pipeline.printable import one_line
+from pipeline.report.surveyed import SETTINGS, SHOWN, SUCCESSES, Group, Point, Row
+from pipeline.report.tables import Table, score_text
+
+_COSTS = {
+    "seconds": "seconds an edit",
+    "wall_seconds": "wall-clock",
+    "memory": "MB beyond the model",
+}
+
+
+def survey_tables(groups: Sequence[Group]) -> RenderableType:
+    """All tables of a survey for a terminal or a log."""
+    found = [table for group in groups for table in tables_of(group)]
+    return Renderables(*(_for_terminal(table) for table in found))
+
+
+def tables_of(group: Group) -> list[Table]:
+    """A table a setting, and one of what is missing in them, if anything is."""
+    found = [scores(group, setting) for setting in group.settings()]
+    problems = missing(group)
+    return found if problems is None else [*found, problems]
+
+
+def scores(group: Group, setting: str) -> Table:
+    """A row an editor and size: what the edits reached, and what they cost."""
+    is_sized = setting != "single"
+    names = {**SHOWN, **SUCCESSES}
+    rows = []
+    for _, editor, points in group.of(setting):
+        for point in points:
+            size = (f"{point.edits:,}",) if is_sized else ()
+            if point.status != "done":
+                rows.append((editor, *size, point.status, *[""] * (len(names) + len(_COSTS))))
+                continue
+            shares = [_share(point, name) for name in names]
+            costs = [_cost(point, name) for name in _COSTS]
+            rows.append((editor, *size, _edits(point), *shares, *costs))
+    head = ("editor", *(("edits",) if is_sized else ()), "scored", *names.values())
+    head = (*head, *_COSTS.values())
+    caption = f"{group.title}. {SETTINGS[setting]}: per cent with 95 % intervals over edits"
+    return Table(caption, head, rows, frozenset(range(1, len(head))))
+
+
+def missing(group: Group) -> Table | None:
+    """Every cell and every figure that is not there, with the reason; None where all are."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for setting in group.settings():
+        for _, editor, points in group.of(setting):
+            for point in points:
+                for what, reason in _absent(point):
+                    rows.setdefault((editor, setting, what, reason), []).append(f"{point.edits:,}")
+    if not rows:
+        return None
+    cells = [
+        (editor, setting, ", ".join(sizes), what, reason)
+        for (editor, setting, what, reason), sizes in rows.items()
+    ]
+    head = ("editor", "setting", "edits", "what", "reason")
+    return Table(f"{group.title}. What is missing above, and why", head, cells)
+
+
+def _absent(point: Point) -> list[tuple[str, str]]:
+    if point.status != "done":
+        what = "cannot be done" if point.status == "impossible" else "failed"
+        return [(what, point.reason or "")]
+    found = [
+        (name, row["reason"] or "")
+        for name, row in point.measures.items()
+        if row["value"] is None and name in {**SHOWN, **SUCCESSES, **_COSTS}
+    ]
+    failed = point.measures.get("failed_edits")
+    if failed is not None and failed["value"]:
+        found.append((f"{failed['value']:.0f} edits failed", f"the first: {failed['reason']}"))
+    return found
+
+
+def _edits(point: Point) -> str:
+    """How many edits the shares are over, where they all are over the same."""
+    return f"{max(row['count'] or 0 for row in point.measures.values()):,}"
+
+
+def _share(point: Point, name: str) -> str:
+    row = point.measures.get(name)
+    if row is None:
+        return ""
+    if row["value"] is None:
+        return row["reason"] if row["reason"] == "no probes" else ""
+    return score_text(_as_score(row))
+
+
+def _as_score(row: Row) -> dict[str, float]:
+    return {"score": row["value"], "low": row["low"], "high": row["high"]}
+
+
+def _cost(point: Point, name: str) -> str:
+    row = point.measures.get(name)
+    if row is None or row["value"] is None:
+        return ""
+    return f"{row['value'] / 1e6:.0f}" if name == "memory" else f"{row['value']:.2g}"
+
+
+def _for_terminal(table: Table) -> RichTable:
+    found = RichTable(title=Text(one_line(table.caption)), title_justify="left")
+    for number, name in enumerate(table.head):
+        found.add_column(name, justify="right" if number in table.numbers else "left")
+    for row in table.rows:
+        found.add_row(*(Text(one_line(cell)) for cell in row))
+    return found
