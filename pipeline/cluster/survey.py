@@ -246,7 +246,10 @@ def _rows_of(entry: _Entry, plan: Plan) -> Iterator[dict[str, Any]]:
     run = read(spec.place) if begun else None
     left = list(entry.cell.sizes)
     if run is not None and entry.status != "impossible":
-        metrics, whole = run.metrics(), set(run.edits()["round"].to_pylist())
+        metrics = run.metrics()
+        # A round that diverged has rows of edits/ and no scores, one that was interrupted the other
+        # way round.
+        whole = {*run.edits()["round"].to_pylist()} & {*metrics["round"].to_pylist()}
         for size, round in _scored(entry.cell, plan):
             if round not in whole:
                 break

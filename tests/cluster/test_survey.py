@@ -13,7 +13,7 @@ from pipeline import run_sequential, run_survey
 from pipeline.cli import main
 from pipeline.cluster.survey import SurveyResult
 from pipeline.cluster.worker import EditWorker
-from pipeline.errors import InputError
+from pipeline.errors import DivergedError, InputError
 from pipeline.evaluation.intervals import interval
 from pipeline.evaluation.survey import SHARES
 from pipeline.results import read
@@ -234,27 +234,25 @@ def test_a_cell_that_fails_leaves_the_others_going(
 def test_a_sequence_that_fails_keeps_what_it_had_reached(
     tiny: TinyJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apply = EditWorker.apply
+    read_keys = EditWorker.read_keys
 
-    def failing(self: EditWorker, layer: int, update: Any, *, version: int) -> int:
+    def ruined(self: EditWorker, *args: Any, version: int) -> Any:
         if version >= 4:
-            raise MemoryError("no room for another update")
-        return apply(self, layer, update, version=version)
+            raise DivergedError("layer 0: the keys hold NaNs")
+        return read_keys(self, *args, version=version)
 
-    monkeypatch.setattr(EditWorker, "apply", failing)
+    monkeypatch.setattr(EditWorker, "read_keys", ruined)
     changes = ("survey.editors=[{}]", "survey.single=null", "survey.batch=null")
-    changes += ("survey.sequence={sizes: [2, 4, 6], rounds_of: 2}",)
-    with pytest.raises(MemoryError):
-        run_survey(_spec(tiny, tmp_path / "survey", *changes))
-    monkeypatch.undo()
-    drift = "method.max_drift=1.e-9"
-    stop = "output.on_divergence=stop"
-    result = run_survey(_spec(tiny, tmp_path / "other", *changes, drift, stop))
-    assert [(row["edits"], row["status"]) for row in _rows(result.table)] == [
-        (2, "failed"),
-        (4, "failed"),
-        (6, "failed"),
+    sizes = "survey.sequence={sizes: [2, 4, 6], rounds_of: 2}"
+    result = run_survey(_spec(tiny, tmp_path / "survey", *changes, sizes))
+    reliable = _rows(result.table, measure="reliability")
+    assert [(row["edits"], row["status"], row["count"]) for row in reliable] == [
+        (2, "done", 2),
+        (4, "done", 4),
     ]
+    (row,) = _rows(result.table, edits=6)
+    assert (row["status"], row["measure"]) == ("failed", None) and "hold NaNs" in row["reason"]
+    assert list(result.failed) == [row["run"]]
 
 
 # --- what is refused ----------------------------------------------------------------------------
