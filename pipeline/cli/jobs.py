@@ -16,6 +16,7 @@ from pipeline.cli.common import (
     spec_and_way,
 )
 from pipeline.cli.ending import leave, log_to_trackers, write_reports
+from pipeline.errors import InputError
 from pipeline.printable import one_line
 from pipeline.signals import raising_stopped
 from pipeline.spec import JobSpec, load_spec
@@ -184,6 +185,8 @@ def plan(
 
     console = make_console()
     job = load_spec(spec, overrides)
+    if job.survey is not None:
+        raise InputError("survey: it has no plan of its own; plan a spec of one of its cells")
     rate = None if gflops is None else gflops * 1e9
     found = [make_plan(one) for one in ([job] if job.compare is None else variants(job))]
     counts = worker_counts(found[0].spec)

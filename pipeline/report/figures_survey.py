@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from pipeline.report.style import (
-    BLUE,
     GREY,
+    SKY,
     Picture,
     draw,
     legend_below,
@@ -37,6 +37,7 @@ def single(group: Group, number: int) -> Picture | None:
             axes.set_title(SHOWN[name], loc="left")
             axes.set_xlabel("per cent")
             axes.grid(axis="y", visible=False)
+            axes.set_axisbelow(True)
         _name_editors(all_axes[0], [editor for editor, _ in points])
 
     caption = (
@@ -64,7 +65,7 @@ def costs(group: Group, number: int) -> Picture | None:
                 if _has(point, name)
             ]
             heights, values = zip(*known, strict=True)
-            axes.barh(heights, values, height=0.6, color=BLUE)
+            axes.barh(heights, values, height=0.6, color=SKY)
             for height, value in known:
                 axes.annotate(
                     f"{value:.2g}" if value < 10 else f"{value:.0f}",
@@ -80,6 +81,7 @@ def costs(group: Group, number: int) -> Picture | None:
             axes.set_xlim(0, 1.2 * max(*values, 1e-9))
             axes.set_title(title, loc="left")
             axes.grid(axis="y", visible=False)
+            axes.set_axisbelow(True)
         _name_editors(all_axes[0], [editor for editor, _ in points])
 
     caption = (
@@ -110,9 +112,9 @@ def curves(group: Group, setting: str, number: int) -> Picture | None:
     if not shown:
         return None
     sizes = sorted({point.edits for point in done})
+    columns = 2 if len(shown) == 4 else len(shown)
 
     def paint(figure: "Figure") -> None:
-        columns = 2 if len(shown) > 1 else 1
         all_axes = panels(figure, len(shown), columns, sharex=True)
         for axes, name in zip(all_axes, shown, strict=True):
             for order, (place, editor, points) in enumerate(lines):
@@ -120,11 +122,11 @@ def curves(group: Group, setting: str, number: int) -> Picture | None:
                 _line(axes, [p for p in points if _has(p, name)], name, editor, place, shift)
             axes.set_title(SHOWN[name], loc="left")
             axes.set_ylim(-3, 103)
-            axes.set_ylabel("per cent")
             _edits_axis(axes, sizes)
+        for axes in all_axes[::columns]:
+            axes.set_ylabel("per cent")
         for axes in all_axes[-columns:]:
             axes.set_xlabel("edits in the batch" if setting == "batch" else "edits made so far")
-            axes.tick_params(labelbottom=True)
         legend_below(figure, all_axes[0], 4)
 
     what = "of each batch" if setting == "batch" else "of all edits so far"
@@ -137,8 +139,8 @@ def curves(group: Group, setting: str, number: int) -> Picture | None:
         f" {_said(points[-1])}"
         for _, editor, points in lines
     )
-    rows = -(-len(shown) // 2)
-    height = 0.7 + 2.0 * rows + 0.17 * -(-len(lines) // 4)
+    rows = -(-len(shown) // columns)
+    height = 0.9 + 2.0 * rows + 0.17 * -(-len(lines) // 4)
     return draw(f"survey-{number}-{setting}", caption, alt, paint, height)
 
 
@@ -150,6 +152,7 @@ def _line(
     rows = [point.measures[name] for point in points]
     middles = [row["value"] for row in rows]
     below = [row["value"] - row["low"] for row in rows]
+    style = line_style(place)
     above = [row["high"] - row["value"] for row in rows]
     axes.errorbar(
         [point.edits * shift for point in points],
@@ -157,7 +160,8 @@ def _line(
         yerr=[below, above],
         label=label,
         elinewidth=0.7,
-        **line_style(place),
+        ecolor=(style["color"], 0.45),
+        **style,
     )
 
 
@@ -178,7 +182,7 @@ def _bar(axes: "Axes", point: Point, name: str, height: int) -> None:
         return
     row = point.measures[name]
     spread = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
-    axes.barh(height, row["value"], height=0.6, color=BLUE, alpha=0.75)
+    axes.barh(height, row["value"], height=0.6, color=SKY)
     axes.errorbar(
         [row["value"]], [height], xerr=spread, fmt="none", ecolor="black", capsize=2, elinewidth=0.9
     )
@@ -202,6 +206,7 @@ def _note(axes: "Axes", point: Point, name: str, height: int) -> None:
 
 def _name_editors(axes: "Axes", editors: list[str]) -> None:
     axes.set_yticks(range(len(editors)), editors)
+    axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(editors) - 0.4, -0.6)
 
 

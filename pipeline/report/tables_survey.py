@@ -8,7 +8,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from pipeline.printable import one_line
-from pipeline.report.surveyed import SETTINGS, SHOWN, SUCCESSES, Group, Point, Row
+from pipeline.report.surveyed import SETTINGS, SHOWN, SUCCESSES, Group, Point
 from pipeline.report.tables import Table, score_text
 
 _COSTS = {
@@ -19,22 +19,21 @@ _COSTS = {
 
 
 def survey_tables(groups: Sequence[Group]) -> RenderableType:
-    """All tables of a survey for a terminal or a log."""
-    found = [table for group in groups for table in tables_of(group)]
-    return Renderables(*(_for_terminal(table) for table in found))
+    """A survey for a terminal or a log: its tables without intervals, and what is missing."""
+    found: list[Table | None] = []
+    for group in groups:
+        found += [scores(group, setting, is_short=True) for setting in group.settings()]
+        found.append(missing(group))
+    return Renderables(*(_for_terminal(table) for table in found if table is not None))
 
 
-def tables_of(group: Group) -> list[Table]:
-    """A table a setting, and one of what is missing in them, if anything is."""
-    found = [scores(group, setting) for setting in group.settings()]
-    problems = missing(group)
-    return found if problems is None else [*found, problems]
+def scores(group: Group, setting: str, *, is_short: bool = False) -> Table:
+    """A row an editor and size: what the edits reached, and what they cost.
 
-
-def scores(group: Group, setting: str) -> Table:
-    """A row an editor and size: what the edits reached, and what they cost."""
+    Short, it has the four shares of the survey alone, without intervals.
+    """
     is_sized = setting != "single"
-    names = {**SHOWN, **SUCCESSES}
+    names = SHOWN if is_short else {**SHOWN, **SUCCESSES}
     rows = []
     for _, editor, points in group.of(setting):
         for point in points:
@@ -42,12 +41,13 @@ def scores(group: Group, setting: str) -> Table:
             if point.status != "done":
                 rows.append((editor, *size, point.status, *[""] * (len(names) + len(_COSTS))))
                 continue
-            shares = [_share(point, name) for name in names]
+            shares = [_share(point, name, is_short) for name in names]
             costs = [_cost(point, name) for name in _COSTS]
             rows.append((editor, *size, _edits(point), *shares, *costs))
     head = ("editor", *(("edits",) if is_sized else ()), "scored", *names.values())
     head = (*head, *_COSTS.values())
-    caption = f"{group.title}. {SETTINGS[setting]}: per cent with 95 % intervals over edits"
+    what = "per cent" if is_short else "per cent with 95 % intervals over edits"
+    caption = f"{group.title}. {SETTINGS[setting]}: {what}"
     return Table(caption, head, rows, frozenset(range(1, len(head))))
 
 
@@ -89,17 +89,15 @@ def _edits(point: Point) -> str:
     return f"{max(row['count'] or 0 for row in point.measures.values()):,}"
 
 
-def _share(point: Point, name: str) -> str:
+def _share(point: Point, name: str, is_short: bool) -> str:
     row = point.measures.get(name)
     if row is None:
         return ""
     if row["value"] is None:
         return row["reason"] if row["reason"] == "no probes" else ""
-    return score_text(_as_score(row))
-
-
-def _as_score(row: Row) -> dict[str, float]:
-    return {"score": row["value"], "low": row["low"], "high": row["high"]}
+    if is_short:
+        return f"{row['value']:.1f}"
+    return score_text({"score": row["value"], "low": row["low"], "high": row["high"]})
 
 
 def _cost(point: Point, name: str) -> str:
