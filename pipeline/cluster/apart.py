@@ -10,7 +10,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from pipeline.cluster.engine import Engine
@@ -70,7 +70,7 @@ def run_lanes(
     with ExitStack() as open_lanes:
         lanes = []
         for worker in range(min(engine.num_workers, len(rounds))):
-            own = open_lanes.enter_context(closing(engine.lane(worker)))
+            own = open_lanes.enter_context(engine.lane(worker))
             lanes.append(Lane(own, scheduler.beside(own), PhaseProgress()))
         total = len(plan.rounds.shards)
         ticker = open_lanes.enter_context(progress.phase(_PHASE, total, total - len(rounds)))

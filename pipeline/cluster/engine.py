@@ -7,7 +7,7 @@ scheduler's (scheduler.py).
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -82,8 +82,8 @@ class Engine(Protocol):
         """Call the reducer and wait for its answer (WorkerLostError as in `result`)."""
         ...
 
-    def lane(self, worker: int) -> "Engine":
-        """An engine of this worker alone, with a reducer of its own; closing it ends that."""
+    def lane(self, worker: int) -> AbstractContextManager["Engine"]:
+        """An engine of this worker alone, with a reducer of its own, for a while."""
         ...
 
     def reducers_used(self) -> list[dict[str, Any]]:
@@ -147,9 +147,9 @@ class InProcessEngine:
         with compute_threads(self.spec.cluster.reducer_threads):
             return getattr(self._reducer, method)(*args)
 
-    def lane(self, worker: int) -> "Engine":
+    def lane(self, worker: int) -> AbstractContextManager[Engine]:
         """This engine, which has one worker."""
-        return self
+        return nullcontext(self)
 
     def reducers_used(self) -> list[dict[str, Any]]:
         """It is not counted."""

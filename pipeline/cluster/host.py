@@ -40,8 +40,7 @@ class WorkerHost:
     Args:
         specs: resolved specs, of one model.
         threads: compute threads.
-        at_once: how many studies are under way at the same time; beyond that the one that was
-            called least recently has ended.
+        at_once: how many studies are under way at the same time, each from its first call to `end`.
 
     Raises:
         InputError: the model cannot be loaded or is not supported.
@@ -50,7 +49,6 @@ class WorkerHost:
     def __init__(self, specs: Sequence[JobSpec], threads: int, at_once: int) -> None:
         self._replica = Replica(specs[0].model, threads)
         self._specs, self._threads, self._at_once = specs, threads, at_once
-        # The one that was called last stands last.
         self._workers: dict[int, tuple[EditWorker, Usage]] = {}
         self._active: int | None = None
 
@@ -61,13 +59,18 @@ class WorkerHost:
     def worker(self, study: int) -> EditWorker:
         """A study's worker, with that study's weights in the model."""
         if study != self._active:
-            if self._active is not None:
-                self._workers[self._active][0].weights.lay_down()
-            self._active = None
-            self._workers[study] = self._workers.pop(study, None) or self._begin(study)
+            self._lay_down()
+            if study not in self._workers:
+                self._workers[study] = self._begin(study)
             self._workers[study][0].weights.take_up()
             self._active = study
         return self._workers[study][0]
+
+    def end(self, study: int) -> None:
+        """Forget a study, whose weights leave the model."""
+        if study == self._active:
+            self._lay_down()
+        self._workers.pop(study, None)
 
     def call(self, study: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of a study's `EditWorker`, with that study's weights in the model."""
@@ -81,11 +84,15 @@ class WorkerHost:
             return bound(*args, **kwargs)
 
     def _begin(self, study: int) -> tuple[EditWorker, Usage]:
-        while len(self._workers) >= self._at_once:
-            del self._workers[next(iter(self._workers))]
         usage = Usage()
         spec = _with_its_share(self._specs[study], self._at_once)
         return EditWorker(spec, self._threads, self._replica), usage
+
+    def _lay_down(self) -> None:
+        """Leave the model unedited."""
+        if self._active is not None:
+            self._workers[self._active][0].weights.lay_down()
+            self._active = None
 
 
 class ReducerHost:

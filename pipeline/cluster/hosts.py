@@ -50,6 +50,10 @@ class _InProcessGuest(InProcessEngine):
         with self._usage.counted():
             return super().reduce(method, *args)
 
+    def close(self) -> None:
+        """The worker goes on with the other studies."""
+        self._hosts.host.end(self._study)
+
     def reducers_used(self) -> list[dict[str, Any]]:
         """What the calls to the reducer took."""
         return [self._usage.as_dict()]

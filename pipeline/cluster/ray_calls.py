@@ -1,6 +1,7 @@
 """Calls to Ray actors, and which of Ray's errors mean that something was lost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from pipeline.cluster.engine import KEPT_IN_PLACE, Call, WorkerLostError
+from pipeline.cluster.engine import KEPT_IN_PLACE, Call, Engine, WorkerLostError
 from pipeline.errors import InputError, JobFailedError
 from pipeline.spec import JobSpec
 
@@ -83,9 +84,14 @@ class RayCalls:
         """It is not counted."""
         return []
 
-    def lane(self, worker: int) -> "RayLane":
-        """An engine of this worker alone, with a reducer of its own."""
-        return RayLane(self, worker)
+    @contextmanager
+    def lane(self, worker: int) -> Iterator[Engine]:
+        """An engine of this worker alone, with a reducer of its own, for a while."""
+        lane = RayLane(self, worker)
+        try:
+            yield lane
+        finally:
+            lane.close()
 
     def restart(self, worker: int) -> None:
         """Replace a lost worker."""

@@ -128,7 +128,9 @@ class RayGuest(RayCalls):
         return [*self._used, fetch(self._reducer.used.remote())]
 
     def close(self) -> None:
-        """Give the reducer back; the workers are everybody's."""
+        """Give the reducer back and let the workers, which are everybody's, forget the study."""
+        for worker in self._workers:
+            worker.end.remote(self._study)
         self._end_reducer(self._reducer)
 
     def _bound(self, worker: int, method: str) -> tuple[Any, tuple[Any, ...]]:

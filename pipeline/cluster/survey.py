@@ -1,6 +1,7 @@
-"""A survey: models x editors x data sets, cell after cell on the same workers."""
+"""A survey: models x editors x data sets, their cells on the same workers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -17,7 +18,7 @@ from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.resume import open_earlier
 from pipeline.cluster.run import check_job
 from pipeline.cluster.sharing import Sharing, asked_key
-from pipeline.errors import EditfleetError, InputError, JobFailedError
+from pipeline.errors import EditfleetError, InputError
 from pipeline.evaluation.survey import cost_rows, share_rows
 from pipeline.methods import check_batch
 from pipeline.results.atomic import make_directory, write_atomically
@@ -38,7 +39,7 @@ _PATIENCE_SECONDS = 0.5
 Status = Literal["done", "impossible", "failed"]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     """A cell, how it goes on, and what became of it."""
 
@@ -69,7 +70,10 @@ class SurveyResult:
 def run_survey(
     spec: JobSpec, *, restart: bool = False, console: Console | None = None
 ) -> SurveyResult:
-    """Make every cell that `spec.survey` asks for, one after another, each over all workers.
+    """Make every cell that `spec.survey` asks for, each over all workers.
+
+    Cells are made one after another, and of the sequences at the end as many at the same time as
+    `survey.sequence.at_once` says.
 
     A cell is a study of its own in RUN/model/dataset/editor/cell; one that is complete is not made
     again, one that was interrupted is gone on with. What an editor cannot do, and what fails, is
@@ -139,7 +143,8 @@ def _plan_all(cells: Sequence[Cell]) -> list[_Entry]:
     Raises:
         InputError: not one can.
     """
-    plans, entries = _Plans(), []
+    plans = _Plans()
+    entries: list[_Entry] = []
     for cell in cells:
         try:
             entries += _planned(cell, plans)
@@ -168,66 +173,94 @@ def _rounds(plan: Plan) -> range:
     return range(len(plan.rounds.shards))
 
 
-class _Workers:
-    """The workers of one model, started when a cell is there to be made."""
-
-    def __init__(self, entries: Sequence[_Entry]) -> None:
-        self._specs = [entry.plan.spec for entry in entries if entry.plan is not None]
-        self._hosts: Hosts | None = None
-        self._problem: EditfleetError | None = None
-
-    def make(self, member: Member) -> None:
-        """Make a cell; where the workers could not start, every cell of them fails of that."""
-        try:
-            if self._problem is not None:
-                raise self._problem
-            if self._hosts is None:
-                with member.progress.phase("start", 1):
-                    self._hosts = start_hosts(self._specs, at_once=1)
-        except EditfleetError as error:
-            self._problem, member.error = error, JobFailedError(str(error))
-            return
-        place = self._specs.index(member.plan.spec)
-        run_member(self._hosts, place, member, 1, Sharing())
-
-    def close(self) -> None:
-        """End the workers."""
-        if self._hosts is not None:
-            self._hosts.close()
-
-
 def _make_cells(
     of_model: Sequence[_Entry], entries: Sequence[_Entry], spec: JobSpec, console: Console | None
 ) -> None:
-    """Make the cells of one model that are left, and write the table after each."""
-    workers = _Workers(of_model)
+    """Make the cells of one model that are left: sequences last, several of them at once."""
+    assert spec.survey is not None
+    sequence = spec.survey.sequence
+    at_once = 1 if sequence is None else sequence.at_once
+    for entry in of_model:
+        if entry.plan is not None:
+            _look_whether_complete(entry, entry.plan, console)
+    left = [entry for entry in of_model if entry.plan is not None and entry.status is None]
+    _write(entries, spec)
+    if not left:
+        return
     try:
-        for entry in of_model:
-            if entry.plan is not None:
-                number = entries.index(entry) + 1
-                _make(entry, entry.plan, workers, console, f"{number}/{len(entries)} ")
-                _write(entries, spec)
+        with PhaseProgress(console, left[0].cell.model).phase("start", 1):
+            hosts = start_hosts([entry.plan.spec for entry in left if entry.plan], at_once)
+    except EditfleetError as error:
+        for entry in left:
+            entry.status, entry.reason = "failed", str(error)
+        return
+
+    def make(entry: _Entry) -> None:
+        number = f"{entries.index(entry) + 1}/{len(entries)} "
+        _make(entry, hosts, left.index(entry), at_once, _progress(entry, console, number))
+
+    try:
+        _in_threads(make, [e for e in left if e.cell.kind != "sequence"], 1, hosts, entries, spec)
+        _in_threads(
+            make, [e for e in left if e.cell.kind == "sequence"], at_once, hosts, entries, spec
+        )
     finally:
-        workers.close()
+        hosts.close()
 
 
-def _make(
-    entry: _Entry, plan: Plan, workers: _Workers, console: Console | None, number: str
+def _in_threads(
+    make: Callable[[_Entry], None],
+    left: Sequence[_Entry],
+    at_once: int,
+    hosts: Hosts,
+    entries: Sequence[_Entry],
+    spec: JobSpec,
 ) -> None:
-    """Make one cell, unless it is complete; what ends it early is its reason.
+    """Make cells, so many at the same time, and write the table after each.
+
+    What ends this, such as a signal, lets those that are under way end at their next call.
+    """
+    with ThreadPoolExecutor(at_once) as threads:
+        try:
+            for done in as_completed([threads.submit(make, entry) for entry in left]):
+                done.result()
+                _write(entries, spec)
+        except BaseException:
+            hosts.ended.set()
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _progress(entry: _Entry, console: Console | None, number: str = "") -> PhaseProgress:
+    return PhaseProgress(console, f"{number}{entry.cell.label}")
+
+
+def _look_whether_complete(entry: _Entry, plan: Plan, console: Console | None) -> None:
+    """Take a cell's rows if an earlier survey has made it.
 
     Raises:
         InputError: another driver has it, or its directory holds another run.
     """
     spec = plan.spec
+    if not begun_at(spec.place):
+        return
+    with driving(spec.run_path, spec.url):
+        if check_job(plan, open_earlier(spec), _progress(entry, console)) is not None:
+            entry.status = "done"
+            entry.rows = [*_rows_of(entry, plan)]
+
+
+def _make(entry: _Entry, hosts: Hosts, place: int, at_once: int, progress: PhaseProgress) -> None:
+    """Make one cell, or go on with it; what ends it early is its reason."""
+    plan = entry.plan
+    assert plan is not None
+    spec = plan.spec
     with logs.about(run=spec.place), driving(spec.run_path, spec.url) as mirror:
-        progress = PhaseProgress(console, f"{number}{entry.cell.label}")
         progress.watch, progress.mirror = watch_of(spec), mirror
         store = open_earlier(spec)
         member = Member(plan, store, progress)
-        member.result = check_job(plan, store, progress)
-        if member.result is None:
-            workers.make(member)
+        check_job(plan, store, progress)
+        run_member(hosts, place, member, at_once, Sharing())
     if member.error is None:
         entry.status = "done"
     elif isinstance(member.error, EditfleetError):
@@ -309,7 +342,7 @@ def _write(entries: Sequence[_Entry], spec: JobSpec) -> pa.Table:
     """Write what is known of all cells so far."""
     rows: list[dict[str, Any]] = []
     for entry in entries:
-        if entry.plan is None:
+        if not entry.rows and entry.status is not None:
             rows += [_described(entry, size) for size in entry.cell.sizes]
         rows += entry.rows
     table = conform("survey", rows)

@@ -46,7 +46,9 @@ def summarise_job(
         "evaluation": summarise(edited),
     }
     if rounds is not None:
-        is_own = pc.or_(pc.equal(edited["edit_round"], edited["round"]), rolled_back)
+        is_own = pc.equal(edited["edit_round"], edited["round"])
+        if rolled_back:
+            is_own = pc.greater_equal(edited["round"], 0)
         current = edited.filter(is_own)
         untouched = metrics.filter(pc.equal(metrics["edit_round"], _UNTOUCHED))
         summary["current"] = summarise(current)

@@ -43,6 +43,10 @@ class SequenceSpec(Part):
     rounds_of: Positive = 1
     """Edits made at once, of which sizes are multiples. 1 is sequential editing as the survey's;
     more are done sooner."""
+    at_once: Positive = 1
+    """Sequences, of several editors, that are made at the same time: a small round keeps few
+    workers busy, and the others then serve another sequence. Seconds of an edit do not hold the
+    waiting for others; wall-clock seconds do."""
 
     @model_validator(mode="after")
     def _check(self) -> "SequenceSpec":

@@ -1,5 +1,6 @@
 """Surveys: cells as ordinary studies, one table, and what cannot be done said in it."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def test_a_cell_that_fails_leaves_the_others_going(
     changes = (editors, "survey.single=null", "survey.sequence=null", "survey.batch.sizes=[2]")
     settings = tiny.settings(tmp_path / "survey", requests=NINE)
     path = tmp_path / "spec.yaml"
-    path.write_text(str(changed(settings, *changes)), encoding="utf-8")
+    path.write_text(json.dumps(changed(settings, *changes)), encoding="utf-8")
     with pytest.raises(SystemExit) as left:
         main(["survey", str(path)])
     assert left.value.code == 1
