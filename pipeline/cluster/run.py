@@ -74,6 +74,7 @@ def run_batch_edit(
         JobFailedError: the job could not go on; the run directory holds what was finished.
         ResultsDamagedError: the run's manifest is damaged.
     """
+    _require_one_study(spec)
     if spec.rounds is not None:
         raise InputError(
             "rounds: the spec is that of a sequential study; run it with `editfleet sequential`, or"
@@ -103,6 +104,7 @@ def run_sequential(
     Raises:
         InputError, JobFailedError, ResultsDamagedError: as of `run_batch_edit`.
     """
+    _require_one_study(spec)
     if spec.rounds is None:
         raise InputError(
             "rounds: the spec of a sequential study says how it is cut into rounds; give"
@@ -111,9 +113,8 @@ def run_sequential(
     return _run(spec, requests, restart, console)
 
 
-def _run(
-    spec: JobSpec, requests: Sequence[EditRequest] | None, restart: bool, console: Console | None
-) -> RunResult:
+def _require_one_study(spec: JobSpec) -> None:
+    """Check that a spec is of one batch or study (InputError)."""
     if spec.survey is not None:
         raise InputError(
             "survey: the spec is of many studies; run it with `editfleet survey` (run_survey), or"
@@ -129,6 +130,11 @@ def _run(
             "trace: the spec is that of causal tracing; run it with `editfleet trace`, or set trace"
             " to null to edit"
         )
+
+
+def _run(
+    spec: JobSpec, requests: Sequence[EditRequest] | None, restart: bool, console: Console | None
+) -> RunResult:
     if restart:
         spec = spec.at(next_free_place(spec.place))
     progress = PhaseProgress(console)
