@@ -61,9 +61,14 @@ def missing(group: Group) -> Table | None:
                     rows.setdefault((editor, setting, what, reason), []).append(f"{point.edits:,}")
     if not rows:
         return None
+    # What is missing of several editors alike is one row.
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for (editor, setting, what, reason), sizes in rows.items():
+        alike.setdefault((setting, ", ".join(sizes), what, reason), []).append(editor)
+    everyone = len(group.editors)
     cells = [
-        (editor, setting, ", ".join(sizes), what, reason)
-        for (editor, setting, what, reason), sizes in rows.items()
+        ("all editors" if 1 < len(editors) == everyone else ", ".join(editors), *cell)
+        for cell, editors in alike.items()
     ]
     head = ("editor", "setting", "edits", "what", "reason")
     return Table(f"{group.title}. What is missing above, and why", head, cells)
