@@ -145,7 +145,7 @@ class InProcessEngine:
     def reduce(self, method: str, *args: Any) -> Any:
         """Call the reducer."""
         with compute_threads(self.spec.cluster.reducer_threads):
-            return getattr(self._reducer, method)(*args)
+            return self._do_reduce(method, *args)
 
     def lane(self, worker: int) -> AbstractContextManager[Engine]:
         """This engine, which has one worker."""
@@ -160,6 +160,9 @@ class InProcessEngine:
 
     def _do(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._worker, method)(*args, **kwargs)
+
+    def _do_reduce(self, method: str, *args: Any) -> Any:
+        return getattr(self._reducer, method)(*args)
 
     def _new_worker(self) -> EditWorker:
         threads = self.spec.cluster.cpus_per_worker

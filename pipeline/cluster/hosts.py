@@ -45,11 +45,6 @@ class _InProcessGuest(InProcessEngine):
         super().__init__(hosts.specs[study])
         self._usage = Usage()
 
-    def reduce(self, method: str, *args: Any) -> Any:
-        """Call the reducer, and count what that takes."""
-        with self._usage.counted():
-            return super().reduce(method, *args)
-
     def close(self) -> None:
         """The worker goes on with the other studies."""
         self._hosts.host.end(self._study)
@@ -60,6 +55,11 @@ class _InProcessGuest(InProcessEngine):
 
     def _new_worker(self) -> Any:
         return None  # the hosts have it
+
+    def _do_reduce(self, method: str, *args: Any) -> Any:
+        # Here, where the others' turns are over, and not in `reduce`.
+        with self._usage.counted():
+            return super()._do_reduce(method, *args)
 
     def _do(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if self._hosts.ended.is_set():

@@ -111,7 +111,8 @@ def test_there_is_nothing_to_remember(studies: Studies) -> None:
 def test_workers_make_rounds_at_the_same_time_to_the_same_bits(
     studies: Studies, tmp_path: Path
 ) -> None:
-    spec = studies.spec(tmp_path / "run", "cluster={engine: ray, workers: 2}")
+    on_ray = ("cluster.engine=ray", "cluster.workers=2")
+    spec = studies.spec(tmp_path / "run", *on_ray)
     run = read(run_sequential(spec).path)
     assert repr(digests(run)) == repr(digests(studies.finished()))
 

@@ -30,7 +30,7 @@ EDITORS = (
 SIZES = (
     "survey.single.facts=3",
     "survey.batch.sizes=[1, 4, 20]",
-    "survey.sequence={sizes: [2, 4, 20], rounds_of: 2}",
+    "survey.sequence={sizes: [2, 4, 20], rounds_of: 2, at_once: 2}",
 )
 NINE = records(9)
 COLUMNS = ("editor", "setting", "edits", "status", "measure", "value")
@@ -175,8 +175,8 @@ def test_a_cell_is_the_study_that_it_is_alone(
 def test_on_ray_the_shares_are_the_same(
     tiny: TinyJobs, survey: tuple[JobSpec, SurveyResult], tmp_path: Path
 ) -> None:
-    on_ray = "cluster={engine: ray, workers: 2}"
-    result = run_survey(_spec(tiny, tmp_path / "ray", EDITORS, *SIZES, on_ray))
+    on_ray = ("cluster.engine=ray", "cluster.workers=2")
+    result = run_survey(_spec(tiny, tmp_path / "ray", EDITORS, *SIZES, *on_ray))
     both = [
         [row for row in table.to_pylist() if row["measure"] in (None, *SHARES)]
         for table in (result.table, survey[1].table)
