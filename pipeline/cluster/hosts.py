@@ -46,8 +46,9 @@ class _InProcessGuest(InProcessEngine):
         self._usage = Usage()
 
     def close(self) -> None:
-        """The worker goes on with the other studies."""
-        self._hosts.host.end(self._study)
+        """The worker goes on with the other studies, between whose calls this one ends."""
+        with compute_threads(self.spec.cluster.cpus_per_worker):
+            self._hosts.host.end(self._study)
 
     def reducers_used(self) -> list[dict[str, Any]]:
         """What the calls to the reducer took."""
