@@ -82,7 +82,7 @@ def plain_sums(
     sums = {}
     for layer in layers:
         size = model.key_size(layer)
-        total = torch.zeros(size, size, dtype=torch.float64, device=model.device)
+        total = torch.zeros(size, size, dtype=torch.float64, device=model.input_device)
         for start in range(0, len(rows), _PLAIN_TEXTS):
             index = range(start, min(start + _PLAIN_TEXTS, len(rows)))
             batch = make_batch(model, rows, index)

@@ -120,9 +120,9 @@ def plain_score(
             continue
         ids = tokenizer(probe.prompt)["input_ids"]
         (target,) = encode_targets(tokenizer, [answer])
-        whole = torch.tensor([[*ids, *target]], device=model.device)
+        whole = torch.tensor([[*ids, *target]], device=model.input_device)
         log_p = model.model(input_ids=whole).logits[0].float().log_softmax(dim=-1)
-        wanted = torch.tensor(target, device=model.device)[:, None]
+        wanted = torch.tensor(target, device=model.input_device)[:, None]
         found.append(float(-log_p[len(ids) - 1 : -1].gather(-1, wanted).mean()))
     return found[0], found[1]
 
@@ -131,7 +131,7 @@ def plain_generate(
     model: EditableModel, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int
 ) -> str:
     """Continue one prompt greedily."""
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.input_device)
     ids = model.model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],

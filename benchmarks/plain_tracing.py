@@ -104,7 +104,7 @@ def _logits(
 ) -> Tensor:
     """(1 + N, T, v): one pass, with noise on the subject of all rows but the first."""
     rows, tokens = settings.samples + 1, len(fact.ids)
-    ids = torch.tensor([fact.ids] * rows, device=model.device)
+    ids = torch.tensor([fact.ids] * rows, device=model.input_device)
 
     def corrupt(states: Tensor) -> None:
         drawn = draw_noise(

@@ -26,7 +26,7 @@ def plain_value(
     batch = make_batch(model, rows, range(len(rows)))
     lookups = [row.lookup for row in prompts]
     clean: list[Tensor] = []
-    delta = torch.zeros(model.hidden_size, device=model.device, requires_grad=True)
+    delta = torch.zeros(model.hidden_size, device=model.input_device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
     handle = model.blocks[layer].register_forward_hook(_adder(delta, lookups, clean))
     reference: Tensor | None = None

@@ -123,7 +123,7 @@ class PublicAlphaEdit:
         return self.weight(layer).double() - self._pristine[layer].double()
 
     def _quietly(self, call: Callable[[], Any]) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()), _OnDevice(self._model.device):
+        with contextlib.redirect_stdout(io.StringIO()), _OnDevice(self._model.input_device):
             return call()
 
 

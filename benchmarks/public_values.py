@@ -61,10 +61,10 @@ class PublicValues:
         for block in model.blocks:
             hand_out_tuples(block)
         self._model, self._layer = model.model, layer
-        self._tokenizer = _Tokenizer(tokenizer, model.device)
+        self._tokenizer = _Tokenizer(tokenizer, model.input_device)
         self._contexts = [list(contexts[:1]), list(contexts[1:])]
         self._module, hyperparameters = _import_from(checkout)
-        vars(self._module)["torch"] = _Torch(model.device)
+        vars(self._module)["torch"] = _Torch(model.input_device)
         self._hyperparameters = hyperparameters(**public_settings(model, [layer], settings))
 
     def __call__(self, request: EditRequest) -> Tensor:

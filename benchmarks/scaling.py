@@ -3,17 +3,17 @@
     python -m benchmarks.scaling --model M --requests R --corpus C --edits 1000 --shard-size 16
 
 Runs the job once in this process with one thread and times every shard of every phase, every merge,
-and the bytes that move. What W workers take follows from those: a phase's shards go one after
-another to whichever worker is free (as the scheduler gives them out), a layer's keys, merge and
-update wait for each other, and bytes cross one link of `--gigabits`. With `--check W` the same job
-then runs on Ray with W workers, to compare. Efficiency is T(1) / (W T(W)).
+and the bytes that move. What W workers take follows from those by the model of `scaling_model`,
+with links of `--gigabits`. With `--check W` the same job then runs on Ray with one worker and with
+W, to compare. Efficiency is T(1) / (W T(W)). Models that do not fit here are in `python -m
+benchmarks.scaling_shapes`.
 """
 
 import argparse
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from benchmarks.machine import print_goals, print_table, report
+from benchmarks.scaling_model import Costs, LayerCosts
 from benchmarks.workload import parser
 from pipeline.cluster import run as run_module
 from pipeline.cluster.engine import Call, InProcessEngine
 from pipeline.cluster.run import run_batch_edit
-from pipeline.planning.rates import crossing_seconds, makespan
 from pipeline.spec import JobSpec, load_spec
 
 WORKERS = (1, 2, 8, 64, 512)
@@ -45,13 +45,31 @@ class Measured:
     key_bytes: int = 0
     update_bytes: int = 0
 
-    def seconds(self, phase: str, workers: int, bytes_per_second: float) -> float:
-        """What a phase takes on so many workers."""
-        if phase != "insertion":
-            return makespan(self.shards[phase], workers)
-        keys = sum(makespan(shards, workers) for shards in self.keys.values())
-        moved = crossing_seconds(self.key_bytes, self.update_bytes, workers, bytes_per_second)
-        return keys + self.merge_seconds + self.apply_seconds + moved
+    def costs(self, seconds: Mapping[str, float]) -> Costs:
+        """What the model of scaling is made from.
+
+        Args:
+            seconds: of the phases as a whole: what is beyond the calls is the driver's.
+        """
+        count = len(self.keys)
+        layers = [
+            LayerCosts(
+                keys=keys,
+                merge=self.merge_seconds / count,
+                apply=self.apply_seconds / count,
+                inward=self.key_bytes / count,
+                update=self.update_bytes / count,
+            )
+            for keys in self.keys.values()
+        ]
+        calls = {phase: list(shards) for phase, shards in self.shards.items()}
+        calls["insertion"] = [s for keys in self.keys.values() for s in keys]
+        beside = {"insertion": self.merge_seconds + self.apply_seconds}
+        driver = {
+            phase: max(0.0, seconds[phase] - sum(found) - beside.get(phase, 0.0)) / len(found)
+            for phase, found in calls.items()
+        }
+        return Costs({name: self.shards[name] for name in _PHASES.values()}, layers, driver)
 
 
 class _TimedEngine(InProcessEngine):
@@ -85,11 +103,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark and return its row."""
     arguments = _parse(argv)
     with tempfile.TemporaryDirectory() as directory:
-        measured = _measure(_spec(arguments, Path(directory) / "one", "in_process"))
-        checked: dict[str, float] = {}
+        measured, costs = _measure(_spec(arguments, Path(directory) / "one", "in_process"))
+        checked: dict[int, dict[str, float]] = {}
         if arguments.check:
-            spec = _spec(arguments, Path(directory) / "many", "ray", arguments.check)
-            checked = run_batch_edit(spec).summary["seconds"]
+            for workers in (1, arguments.check):
+                spec = _spec(arguments, Path(directory) / str(workers), "ray", workers)
+                checked[workers] = run_batch_edit(spec).summary["seconds"]
     link = arguments.gigabits * 1e9 / 8
     row: dict[str, Any] = {
         "edits": arguments.edits,
@@ -99,24 +118,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "update_megabytes": measured.update_bytes / 1e6,
         "merge_seconds": measured.merge_seconds,
     }
-    lines = []
-    for phase in ("values", "insertion", "evaluation"):
-        alone = measured.seconds(phase, 1, link)
+    lines: list[tuple[Any, ...]] = []
+    checks: list[tuple[Any, ...]] = []
+    for phase in costs.phases:
+        row[f"{phase}_driver_milliseconds"] = costs.driver[phase] * 1e3
+        alone = costs.parts(phase, 1, link).total()
         for workers in WORKERS:
-            seconds = measured.seconds(phase, workers, link)
+            seconds = costs.parts(phase, workers, link).total()
             row[f"{phase}_seconds_{workers}"] = seconds
             row[f"{phase}_efficiency_{workers}"] = alone / (workers * seconds)
         lines.append((phase, *(row[f"{phase}_seconds_{workers}"] for workers in WORKERS)))
         shares = [row[f"{phase}_efficiency_{workers}"] for workers in WORKERS]
         lines.append(("  efficiency", *shares))
         if checked:
-            row[f"{phase}_checked_seconds"] = checked[phase]
-            row[f"{phase}_checked_efficiency"] = alone / (arguments.check * checked[phase])
+            one, many = (checked[workers][phase] for workers in (1, arguments.check))
+            row[f"{phase}_checked_alone_seconds"], row[f"{phase}_checked_seconds"] = one, many
+            row[f"{phase}_checked_efficiency"] = one / (arguments.check * many)
+            predicted = costs.parts(phase, arguments.check, link).total()
+            checks.append((phase, alone, one, predicted, many, one / (arguments.check * many)))
     print_table(
         f"{arguments.edits} edits in {row['shards']} shards: seconds by workers (as predicted)",
         ("phase", *map(str, WORKERS)),
         lines,
     )
+    if checked:
+        print_table(
+            f"seconds on Ray with 1 and with {arguments.check} workers",
+            ("phase", "1 predicted", "1", f"{arguments.check} predicted", str(arguments.check),
+             "efficiency"),
+            checks,
+        )  # fmt: skip
     report("scaling", row, arguments.results)
     if checked:
         share = row["values_checked_efficiency"]
@@ -126,10 +157,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return row
 
 
-def _measure(spec: JobSpec) -> Measured:
+def _measure(spec: JobSpec) -> tuple[Measured, Costs]:
     with _timed_engines() as engines:
-        run_batch_edit(spec)
-    return engines[0].measured
+        seconds = run_batch_edit(spec).summary["seconds"]
+    measured = engines[0].measured
+    return measured, measured.costs(seconds)
 
 
 @contextmanager

@@ -4,8 +4,8 @@
 
 Runs the phases of a job of `--edits` requests over `--workers` workers that answer at once, one
 answer at a time, so that all the time is the scheduler's: milliseconds a shard by phase. Then makes
-the plan of `--requests` requests, read from a Parquet file, and prints what a million would add to
-the driver's memory at the same rate.
+the plan of `--requests` requests, read from a Parquet file, and prints what the driver would hold
+with a million at the same rate, the process itself included.
 """
 
 import argparse
@@ -31,10 +31,13 @@ GOAL_MILLISECONDS = 5.0
 GOAL_GIGABYTES = 2.0
 _PHASES = ("values", "read_keys", "read_keys again", "evaluate")
 _MILLION = 1_000_000
+_ROWS_AT_ONCE = 1000
 
 
 class NoOpEngine:
     """Workers that answer at once and do nothing; the longest-waiting one answers next."""
+
+    late: frozenset[int] = frozenset()
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
@@ -66,6 +69,10 @@ class NoOpEngine:
     def restart(self, worker: int) -> None:
         """Nobody is lost."""
 
+    def needs(self) -> str:
+        """Nothing."""
+        return ""
+
     def reduce(self, method: str, *args: Any) -> Any:
         """Nothing."""
         return None
@@ -92,14 +99,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         start = time.perf_counter()
         done = sum(1 for _ in scheduler.run(phase.split()[0], shards, lambda _, items: (items,)))
         milliseconds[phase] = (time.perf_counter() - start) / done * 1e3
-    bytes_each = _plan_bytes(arguments.requests) / arguments.requests
+    before, after = _plan_bytes(arguments.requests)
+    added = (after - before) / arguments.requests * _MILLION
     row: dict[str, Any] = {
         "workers": arguments.workers,
         "edits": arguments.edits,
         "shards": len(shards),
         **{f"{name.replace(' ', '_')}_milliseconds": ms for name, ms in milliseconds.items()},
         "requests": arguments.requests,
-        "gigabytes_a_million": bytes_each * _MILLION / 1e9,
+        "process_gigabytes": before / 1e9,
+        "gigabytes_a_million": added / 1e9,
     }
     print_table(
         f"the scheduler alone: {len(shards)} shards, {arguments.workers} workers",
@@ -110,14 +119,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print_goals(
         {
             "milliseconds a shard": (max(milliseconds.values()), "<=", GOAL_MILLISECONDS),
-            "GB that 1,000,000 requests add": (row["gigabytes_a_million"], "<=", GOAL_GIGABYTES),
+            "GB with 1,000,000 requests": ((before + added) / 1e9, "<=", GOAL_GIGABYTES),
         }
     )
     return row
 
 
-def _plan_bytes(count: int) -> int:
-    """Resident bytes that the plan of so many requests adds, each with a paraphrase."""
+def _plan_bytes(count: int) -> tuple[int, int]:
+    """Resident bytes before and with the plan of so many requests, each with a paraphrase."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "requests.parquet"
         _write_requests(path, count)
@@ -127,20 +136,28 @@ def _plan_bytes(count: int) -> int:
         plan = make_plan(spec)
         after = _resident_bytes()
     assert plan.num_requests == count, "some requests were refused"
-    return after - before
+    return before, after
 
 
 def _write_requests(path: Path, count: int) -> None:
-    subjects = [f"Person {i:07d}" for i in range(count)]
-    columns = {
-        "case_id": [str(i) for i in range(count)],
-        "subject": subjects,
-        "prompt": ["{} was born in the city of"] * count,
-        "target_new": [f"Town {i % 997}" for i in range(count)],
-        "target_true": [f"Village {i % 991}" for i in range(count)],
-        "paraphrase_prompts": [[f"The birthplace of {subject} is"] for subject in subjects],
-    }
-    pq.write_table(pa.table(columns), path)
+    """Some at a time: what writing leaves free in the process would not be counted when reading."""
+    with pq.ParquetWriter(path, _requests(range(1)).schema) as writer:
+        for start in range(0, count, _ROWS_AT_ONCE):
+            writer.write_table(_requests(range(start, min(start + _ROWS_AT_ONCE, count))))
+
+
+def _requests(numbers: range) -> pa.Table:
+    subjects = [f"Person {i:07d}" for i in numbers]
+    return pa.table(
+        {
+            "case_id": [str(i) for i in numbers],
+            "subject": subjects,
+            "prompt": ["{} was born in the city of"] * len(numbers),
+            "target_new": [f"Town {i % 997}" for i in numbers],
+            "target_true": [f"Village {i % 991}" for i in numbers],
+            "paraphrase_prompts": [[f"The birthplace of {subject} is"] for subject in subjects],
+        }
+    )
 
 
 def _resident_bytes() -> int:

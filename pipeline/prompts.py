@@ -1,9 +1,10 @@
 """Context templates, tokenisation, and the subject's last token."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,21 @@ class EditPrompts:
     essence: Row
     subject: str
     relation: str | None = None
+
+
+@dataclass(frozen=True)
+class FactPrompts:
+    """What is asked about a fact whose neurons are looked for.
+
+    Attributes:
+        prompts: token ids of every prompt that the answer follows; the bare one first.
+        old: token ids of the answer that the model gives; None leaves it to the model.
+        new: those of the answer that it shall give.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    old: tuple[int, ...] | None
+    new: tuple[int, ...]
 
 
 @contextmanager
@@ -106,6 +122,39 @@ def tokenize_edits(
     ]
 
 
+def tokenize_fact_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence["EditRequest"],
+    contexts: Sequence[str],
+    *,
+    paraphrases: bool,
+    with_old: bool,
+) -> list[FactPrompts]:
+    """Tokenise what is asked about each request's fact.
+
+    Args:
+        paraphrases: ask `paraphrase_prompts` beside the prompt behind every context.
+        with_old: take `target_true`, which every request has, for the answer given.
+
+    Raises:
+        InputError: a subject or a target has no token of its own in this tokenizer.
+    """
+    edits = tokenize_edits(tokenizer, requests, contexts)
+    asked = [request.paraphrase_prompts if paraphrases else () for request in requests]
+    other = iter(token_ids(tokenizer, [text for texts in asked for text in texts]))
+    old: Sequence[tuple[int, ...] | None] = [None] * len(edits)
+    if with_old:
+        old = encode_targets(tokenizer, [str(request.target_true) for request in requests])
+    return [
+        FactPrompts(
+            (*(row.ids for row in edit.rewrites), *(tuple(next(other)) for _ in texts)),
+            answer,
+            edit.target,
+        )
+        for edit, texts, answer in zip(edits, asked, old, strict=True)
+    ]
+
+
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = True
 ) -> list[list[int]]:
@@ -114,12 +163,13 @@ def token_ids(
 
 
 def iter_token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, add_special_tokens: bool = True
 ) -> Iterator[list[int]]:
     """The same one text after another: of a million texts, some thousands are held at a time."""
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+    left = iter(texts)
+    while some := list(islice(left, _TEXTS_AT_ONCE)):
         encoded = tokenizer(
-            list(texts[start : start + _TEXTS_AT_ONCE]),
+            some,
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -163,11 +213,11 @@ def generate_contexts(
     says. The caller's random state is left as it was.
     """
     texts = []
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [device for device in model.devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         for word in CONTEXT_SEEDS:
-            encoded = tokenizer(word, return_tensors="pt").to(model.device)
+            encoded = tokenizer(word, return_tensors="pt").to(model.input_device)
             ids = model.model.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],

@@ -4,7 +4,6 @@ A reader of `pipeline.sources` turns every record of a file into one `RequestRow
 so that none disappears on the way to `edits/*.parquet`.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
@@ -254,11 +253,15 @@ def _filled(value: str, what_to_do: str) -> str:
 
 def _groups(rows: Sequence[RequestRow], *names: str) -> list[list[int]]:
     """Indices of accepted rows that agree in the named fields, where there are at least two."""
-    groups: dict[tuple[str | None, ...], list[int]] = defaultdict(list)
+    first: dict[tuple[str | None, ...], int] = {}
+    # Only of those that are not alone is there a list: of a million, few as a rule.
+    groups: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         if row.status == "accepted":
-            groups[tuple(row.fields[name] for name in names)].append(index)
-    return [members for members in groups.values() if len(members) > 1]
+            start = first.setdefault(tuple(row.fields[name] for name in names), index)
+            if start != index:
+                groups.setdefault(start, [start]).append(index)
+    return [groups[start] for start in sorted(groups)]
 
 
 def _settle_conflict(rows: list[RequestRow], members: list[int], on_conflict: OnConflict) -> None:

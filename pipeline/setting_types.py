@@ -16,6 +16,17 @@ NonNegative = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _check_gpus(count: float) -> float:
+    if count > 1 and count != int(count):
+        raise ValueError("is no whole number; take 0, a part of one GPU below 1, or 1, 2, 3, ...")
+    return count
+
+
+Gpus = Annotated[Finite, Field(ge=0, le=1024), AfterValidator(_check_gpus)]
+"""A whole number of GPUs, or a part of one."""
+
 # A length constraint makes pydantic check that the string is encodable (no lone surrogates).
 Text = Annotated[str, StringConstraints(min_length=1)]
 

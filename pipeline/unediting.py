@@ -180,7 +180,7 @@ def _scores(
     name: str,
 ) -> list[Score]:
     """Score probes that are in the order of their prompts."""
-    max_tokens = TOKENS_PER_BATCH[weights.model.device.type]
+    max_tokens = TOKENS_PER_BATCH[weights.model.input_device.type]
     found: list[Score] = []
     with progress.phase(name, len(probes)) as ticker:
         for shard in cut_probes(probes):

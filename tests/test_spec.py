@@ -263,6 +263,7 @@ def _digest(*overrides: str) -> str:
         "cluster.engine=in_process",
         "cluster.address=auto",
         "cluster.gpus_per_worker=0",
+        "cluster.memory_per_worker_gb=4",
         "cluster.hidden_states_gb=2",
         "cluster.max_retries=1",
         "cluster.stall_seconds=1",
@@ -291,6 +292,7 @@ def test_the_digest_ignores_where_and_how_widely_a_job_runs(override: str) -> No
         "cluster.value_batch_size=7",
         "cluster.cpus_per_worker=7",
         "cluster.reducer_threads=7",
+        "cluster.reducer_gpus=0.1",
     ],
 )
 def test_the_digest_follows_what_decides_the_result(override: str) -> None:
@@ -354,7 +356,7 @@ _SPECS = _part(
     covariance=_part(corpus=st.none() | _PLACE, field=_PLACE, samples=_COUNT, max_tokens=_COUNT),
     cluster=_part(
         workers=st.just("auto") | st.integers(1, 99),
-        gpus_per_worker=st.just("auto") | st.floats(0, 8),
+        gpus_per_worker=st.just("auto") | st.floats(0, 1) | st.integers(2, 8),
         stall_seconds=st.floats(1e-3, 1e9),
     ),
     evaluation=_part(

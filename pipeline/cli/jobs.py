@@ -155,13 +155,23 @@ def plan(
             "--gflops", min=1e-3, help="GFLOP/s of a worker in matrix products; else measured here."
         ),
     ] = None,
+    reducer_gflops: Annotated[
+        float | None,
+        typer.Option(
+            "--reducer-gflops",
+            min=1e-3,
+            help="GFLOP/s of the reducer in float64; else as a worker's processors.",
+        ),
+    ] = None,
     steps: Annotated[
         float | None, typer.Option("--steps", min=1, help="Steps of a value search, else guessed.")
     ] = None,
     worker_memory: Annotated[
         float | None,
         typer.Option(
-            "--worker-memory", min=0, help="GB of a worker; else a share of what is free."
+            "--worker-memory",
+            min=0,
+            help="GB of a worker, or a GPU of it; else what is free.",
         ),
     ] = None,
     gigabits: Annotated[
@@ -187,10 +197,19 @@ def plan(
     job = load_spec(spec, overrides)
     if job.survey is not None:
         raise InputError("survey: it has no plan of its own; plan a spec of one of its cells")
-    rate = None if gflops is None else gflops * 1e9
+    rate, reducer_rate = (
+        None if given is None else given * 1e9 for given in (gflops, reducer_gflops)
+    )
     found = [make_plan(one) for one in ([job] if job.compare is None else variants(job))]
     counts = worker_counts(found[0].spec)
-    estimates = make_estimates(found, rate=rate, steps=steps, gigabits=gigabits, workers=counts)
+    estimates = make_estimates(
+        found,
+        rate=rate,
+        reducer_rate=reducer_rate,
+        steps=steps,
+        gigabits=gigabits,
+        workers=counts,
+    )
     for study, estimate in zip(found, estimates, strict=True):
         if job.compare is not None:
             print_line(console, f"study {study.spec.run_path.name}")

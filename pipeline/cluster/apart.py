@@ -69,7 +69,7 @@ def run_lanes(
     before = progress.seconds.get(_PHASE, 0.0)
     with ExitStack() as open_lanes:
         lanes = []
-        for worker in range(min(engine.num_workers, len(rounds))):
+        for worker in scheduler.workers[: len(rounds)]:
             own = open_lanes.enter_context(engine.lane(worker))
             lanes.append(Lane(own, scheduler.beside(own), PhaseProgress()))
         total = len(plan.rounds.shards)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from pipeline.cluster.engine import Engine
+from pipeline.cluster.gpus import settled_here
 from pipeline.cluster.hosts import InProcessHosts
 from pipeline.cluster.outcomes import shards_left
 from pipeline.cluster.plan import Plan, cut_probes, make_plan, settle_spec
@@ -209,7 +210,7 @@ def run_member(hosts: Hosts, place: int, member: Member, studies: int, sharing: 
 def start_hosts(specs: Sequence[JobSpec], at_once: int) -> Hosts:
     """Start workers that studies of one model share, so many of them at the same time."""
     if specs[0].cluster.engine == "in_process":
-        return InProcessHosts(specs, at_once)
+        return InProcessHosts(settled_here(specs), at_once)
     # Ray is imported only where it is used: the core and this engine run without it.
     from pipeline.cluster.ray_hosts import RayHosts
 

@@ -49,19 +49,22 @@ def not_taken(metrics: pa.Table, round: int) -> dict[str, str]:
     }
 
 
-def find_ruin(metrics: pa.Table, before: int, after: int, least: int = 1) -> str | None:
+def find_ruin(
+    metrics: pa.Table, before: int, after: int, least: int = 1, *, writes_targets: bool = True
+) -> str | None:
     """Say what shows that the edited model is ruined; None when nothing does.
 
     Compared are the rewrite probes of two rounds: a model is ruined when likelihoods that were
     finite are not any more, or when nine in ten edits made their new object less likely. (In sound
-    batches none does, in batches ten times too large one in ten.)
+    batches none does, in batches ten times too large one in ten.) The second is not asked of edits
+    that do not write their new objects.
     """
     pairs = _likelihoods(metrics, before, after)
     broken = sum(math.isfinite(was) and not math.isfinite(now) for was, now in pairs)
     if broken:
         return f"the edited model has no finite likelihood for {broken} of {len(pairs)} rewrites"
     worse = sum(now >= was for was, now in pairs)
-    if len(pairs) >= least and worse >= _RUINED_SHARE * len(pairs):
+    if writes_targets and len(pairs) >= least and worse >= _RUINED_SHARE * len(pairs):
         return f"the edits made {worse} of {len(pairs)} new objects less likely than they were"
     return None
 

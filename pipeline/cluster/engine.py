@@ -44,9 +44,11 @@ class Engine(Protocol):
     """What the scheduler needs of the place where workers live."""
 
     num_workers: int
+    late: frozenset[int]
+    """Workers that were asked for and had not started when the engine was made."""
 
     def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
-        """Start a method of a worker."""
+        """Start a method of a worker; of one that is still to start, it waits for that."""
         ...
 
     def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
@@ -75,7 +77,11 @@ class Engine(Protocol):
         ...
 
     def restart(self, worker: int) -> None:
-        """Replace a lost worker; the new one has the unedited weights."""
+        """Ask for a worker in a lost one's place; it starts with the unedited weights."""
+        ...
+
+    def needs(self) -> str:
+        """What a worker asks for and what is free, for a message about those that do not start."""
         ...
 
     def reduce(self, method: str, *args: Any) -> Any:
@@ -101,6 +107,7 @@ class InProcessEngine:
 
     spec: JobSpec
     num_workers: int = 1
+    late: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self._worker = self._new_worker()
@@ -141,6 +148,10 @@ class InProcessEngine:
     def restart(self, worker: int) -> None:
         """Make the worker anew."""
         self._worker = self._new_worker()
+
+    def needs(self) -> str:
+        """Nothing: a worker is there at once."""
+        return "it needs this process only"
 
     def reduce(self, method: str, *args: Any) -> Any:
         """Call the reducer."""

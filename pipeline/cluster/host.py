@@ -47,7 +47,7 @@ class WorkerHost:
     """
 
     def __init__(self, specs: Sequence[JobSpec], threads: int, at_once: int) -> None:
-        self._replica = Replica(specs[0].model, threads)
+        self._replica = Replica(specs[0].model, threads, specs[0].cluster.gpus_per_worker)
         self._specs, self._threads, self._at_once = specs, threads, at_once
         self._workers: dict[int, tuple[EditWorker, Usage]] = {}
         self._active: int | None = None

@@ -29,6 +29,18 @@ def rows_of(kind: TableKind, outcome: Outcome) -> pa.Table:
     )
 
 
+def rows_and_failures(kind: TableKind, outcome: Outcome) -> tuple[pa.Table, dict[str, str]]:
+    """The rows of pieces whose result is (rows, case_id -> why not), and why others have none."""
+    tables = [SCHEMAS[kind].empty_table()]
+    failed: dict[str, str] = {}
+    for piece in outcome.done:
+        rows, without = piece.result
+        tables.append(rows)
+        failed |= without
+    failed |= {request.case_id: reason for request, reason in outcome.failures}
+    return pa.concat_tables(tables), failed
+
+
 def finite_values(outcome: Outcome) -> tuple[pa.Table, dict[str, str]]:
     """The values that are finite, and case_id -> reason of the requests that have none."""
     failed = {request.case_id: reason for request, reason in outcome.failures}

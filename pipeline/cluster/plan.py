@@ -7,6 +7,7 @@ on how many workers there are.
 import hashlib
 import json
 import tempfile
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -172,9 +173,12 @@ def probe_shards(shards: Sequence[Shard], kinds: Sequence[str]) -> list[Shard]:
 
 def cut_probes(probes: Sequence[Probe]) -> list[Shard]:
     """Cut probes into shards, equal prompts side by side."""
-    probes = sorted(probes, key=lambda probe: probe.prompt)
-    size = min(max(-(-len(probes) // MOST_SHARDS), _SMALLEST_PROBE_SHARD), _LARGEST_PROBE_SHARD)
-    return cut_shards(probes, size)
+    return cut_shards(sorted(probes, key=lambda probe: probe.prompt), probe_shard_size(len(probes)))
+
+
+def probe_shard_size(count: int) -> int:
+    """Probes a shard, of so many."""
+    return min(max(-(-count // MOST_SHARDS), _SMALLEST_PROBE_SHARD), _LARGEST_PROBE_SHARD)
 
 
 def _by_length(
@@ -184,11 +188,12 @@ def _by_length(
 
     What the value search carries counts first: the tokens after the subject, in every context.
     """
-    texts = [r.text[r.subject_span[1] :] + " " + r.target_new for r in requests]
+    texts = (r.text[r.subject_span[1] :] + " " + r.target_new for r in requests)
     after = iter_token_ids(tokenizer, texts)
-    before = iter_token_ids(tokenizer, [r.text[: r.subject_span[1]] for r in requests])
-    lengths = [(len(a), len(b)) for a, b in zip(after, before, strict=True)]
-    order = sorted(range(len(requests)), key=lambda i: lengths[i], reverse=True)
+    before = iter_token_ids(tokenizer, (r.text[: r.subject_span[1]] for r in requests))
+    # One number each, the first length before the second one; a prompt is shorter than 2^32.
+    lengths = array("q", (len(a) << 32 | len(b) for a, b in zip(after, before, strict=True)))
+    order = sorted(range(len(requests)), key=lengths.__getitem__, reverse=True)
     return [requests[i] for i in order]
 
 

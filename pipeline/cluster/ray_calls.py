@@ -35,6 +35,8 @@ class RayCalls:
     """The calls of an engine to worker actors and a reducer that somebody has started."""
 
     spec: JobSpec
+    num_workers: int
+    late: frozenset[int]
     _workers: list[Any]
     _reducer: Any
 
@@ -97,6 +99,10 @@ class RayCalls:
         """Replace a lost worker."""
         raise NotImplementedError
 
+    def needs(self) -> str:
+        """What a worker asks for and what is free."""
+        raise NotImplementedError
+
     def _bound(self, worker: int, method: str) -> tuple[Any, tuple[Any, ...]]:
         """The actor's method that stands for a worker's, and what comes before its arguments."""
         return getattr(self._workers[worker], method), ()
@@ -122,6 +128,7 @@ class RayLane(RayCalls):
     """
 
     num_workers = 1
+    late: frozenset[int] = frozenset()
 
     def __init__(self, engine: RayCalls, worker: int) -> None:
         self._engine, self._worker = engine, worker
@@ -140,6 +147,10 @@ class RayLane(RayCalls):
     def restart(self, worker: int) -> None:
         """Replace the worker if it is lost."""
         self._engine.restart(self._worker)
+
+    def needs(self) -> str:
+        """As of the engine."""
+        return self._engine.needs()
 
     def close(self) -> None:
         """End the reducer; the worker is the engine's."""

@@ -5,23 +5,33 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
-from pipeline.cluster.engine import WorkerLostError
-from pipeline.cluster.ray_calls import RayCalls, fetch, first_line
+from pipeline.cluster.gpus import settled
+from pipeline.cluster.ray_calls import RayCalls, first_line
+from pipeline.cluster.ray_gpus import find_gpus, node_gpus
 from pipeline.cluster.reducer import Reducer
+from pipeline.cluster.roster import Roster
+from pipeline.cluster.waiting import Waiter
 from pipeline.cluster.worker import EditWorker
-from pipeline.errors import InputError, JobFailedError
+from pipeline.errors import InputError
 from pipeline.spec import ClusterSpec, JobSpec
 
 log = logging.getLogger(__name__)
 
+# A job begins without the workers that have not come this long after the last one that has.
 _START_SECONDS = 30.0
 _KNOCK_SECONDS = 10.0
 # Ray's own share of this machine's memory; updates and shards are megabytes, not gigabytes.
 _LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
+
+
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+"""What an actor asks for, and what a node calls it."""
+_GIGABYTE = 10**9
 
 
 class RayEngine(RayCalls):
@@ -36,6 +46,8 @@ class RayEngine(RayCalls):
         JobFailedError: workers cannot start for another reason.
     """
 
+    late: frozenset[int] = frozenset()
+
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self._owns_cluster = not ray.is_initialized()
@@ -44,11 +56,12 @@ class RayEngine(RayCalls):
         self._reducer: Any = None
         try:
             _require_size(spec.cluster)
-            self._actor_options = _actor_options(spec.cluster)
-            self.num_workers = _num_workers(spec.cluster, self._actor_options["num_gpus"])
+            self.spec = self._settle_gpus()
+            self._actor_options = _actor_options(self.spec.cluster)
+            self.num_workers = _num_workers(self.spec.cluster, self._actor_options)
             self._workers = [self._new_worker() for _ in range(self.num_workers)]
             self._reducer = self._new_reducer()
-            self._await_start()
+            self.late = self._await_start()
         except BaseException:
             self.close()
             raise
@@ -57,6 +70,22 @@ class RayEngine(RayCalls):
         """Kill what is left of a worker and start a new one in its place."""
         ray.kill(self._workers[worker])
         self._workers[worker] = self._new_worker()
+
+    def needs(self) -> str:
+        """Resources of a worker, and those that no actor holds."""
+        available = ray.available_resources()
+        asked = {k: _readable(k, v) for k, v in self._actor_options.items() if k in _RESOURCES}
+        free = {
+            name: _readable(option, available[name])
+            for option, name in _RESOURCES.items()
+            if option in self._actor_options and name in available
+        }
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        large = sum(_room(node, self._actor_options) > 0 for node in nodes)
+        return (
+            f"each asks for {asked}, free are {free};"
+            f" {large} of {len(nodes)} nodes are large enough for one"
+        )
 
     def close(self) -> None:
         """End all actors, and the cluster if this engine started it."""
@@ -67,6 +96,25 @@ class RayEngine(RayCalls):
         if self._owns_cluster:
             ray.shutdown()
 
+    def _await_start(self) -> frozenset[int]:
+        """Wait for workers, however long an autoscaler takes; return those that are late."""
+        cluster = self.spec.cluster
+        waiter = Waiter(self, cluster.stall_seconds, None)
+        roster = Roster(self, waiter, cluster.max_retries, range(self.num_workers))
+        roster.gather(_START_SECONDS)
+        if late := roster.absent:
+            log.warning(
+                "beginning with %d of %d workers, the others join when they have started; %s",
+                len(roster.present),
+                self.num_workers,
+                self.needs(),
+            )
+        return late
+
+    def _settle_gpus(self) -> JobSpec:
+        """The spec with a number of GPUs a worker."""
+        return settled(self.spec, find_gpus) if node_gpus() else self.spec
+
     def _new_worker(self) -> Any:
         actor = ray.remote(EditWorker).options(
             max_restarts=0, max_task_retries=0, **self._actor_options
@@ -76,40 +124,15 @@ class RayEngine(RayCalls):
     def _new_reducer(self) -> Any:
         return new_reducer(self.spec)
 
-    def _await_start(self) -> None:
-        """Wait for all workers, however long an autoscaler takes, and say what is missing."""
-        waiting = {worker.describe.remote(): i for i, worker in enumerate(self._workers)}
-        seconds, lost = 0.0, 0
-        while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=_START_SECONDS)
-            for handle in done:
-                worker = waiting.pop(handle)
-                try:
-                    fetch(handle)
-                except WorkerLostError as error:
-                    lost += 1
-                    if lost > self.spec.cluster.max_retries:
-                        raise JobFailedError(f"a worker did not start: {error}") from error
-                    log.warning(
-                        "worker %d was lost at its start (%s); starting it again", worker, error
-                    )
-                    self.restart(worker)
-                    waiting[self._workers[worker].describe.remote()] = worker
-            if not done:
-                seconds += _START_SECONDS
-                log.warning(
-                    "waiting for %d of %d workers since %.0f s; each asks for %s, free are %s",
-                    len(waiting),
-                    self.num_workers,
-                    seconds,
-                    {k: v for k, v in self._actor_options.items() if k.startswith("num_")},
-                    {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")},
-                )
-
 
 def new_reducer(spec: JobSpec) -> Any:
     """Start a reducer. It works while the workers wait, so it asks for no processor of its own."""
-    actor = ray.remote(Reducer).options(num_cpus=0, max_restarts=0, max_task_retries=0)
+    actor = ray.remote(Reducer).options(
+        num_cpus=0,
+        num_gpus=spec.cluster.reducer_gpus or 0,
+        max_restarts=0,
+        max_task_retries=0,
+    )
     return actor.remote(spec.method, spec.cluster.reducer_threads)
 
 
@@ -184,15 +207,31 @@ def _require_size(cluster: ClusterSpec) -> None:
 
 def _actor_options(cluster: ClusterSpec) -> dict[str, Any]:
     gpus = cluster.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}
+    # There are none where the number has not been settled.
+    gpus = 0 if gpus == "auto" else gpus
+    options: dict[str, Any] = {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus}
+    if cluster.memory_per_worker_gb is not None:
+        options["memory"] = int(cluster.memory_per_worker_gb * _GIGABYTE)
+    return options
 
 
-def _num_workers(cluster: ClusterSpec, gpus: float) -> int:
+def _readable(option: str, amount: float) -> float | str:
+    return f"{amount / _GIGABYTE:.1f} GB" if option == "memory" else amount
+
+
+def _num_workers(cluster: ClusterSpec, options: Mapping[str, Any]) -> int:
+    """Workers to start: as many as the spec says, or, for `auto`, as the nodes have room for."""
     if cluster.workers != "auto":
         return cluster.workers
-    resources = ray.cluster_resources()
-    by_cpu = int(resources.get("CPU", 1) // cluster.cpus_per_worker)
-    by_gpu = int(resources.get("GPU", 0) // gpus) if gpus else by_cpu
-    return max(1, min(by_cpu, by_gpu))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(_room(node, options) for node in nodes))
+
+
+def _room(node: Mapping[str, float], options: Mapping[str, Any]) -> int:
+    """How many actors a node of these resources takes. Ray counts in ten-thousandths."""
+    asked = {name: options.get(option) for option, name in _RESOURCES.items()}
+    return min(
+        round(node.get(name, 0.0) * 10_000) // round(amount * 10_000)
+        for name, amount in asked.items()
+        if amount
+    )

@@ -8,10 +8,12 @@ from typing import Any
 import ray
 
 from pipeline.cluster.engine import Call, WorkerLostError
+from pipeline.cluster.gpus import settled
 from pipeline.cluster.host import ReducerHost, WorkerHost
 from pipeline.cluster.hosts import StudiesEnded
 from pipeline.cluster.ray_calls import RayCalls, fetch
 from pipeline.cluster.ray_engine import RayEngine
+from pipeline.cluster.ray_gpus import find_gpus, node_gpus
 from pipeline.spec import JobSpec
 
 # A study notices within this time that all of them are to end.
@@ -55,7 +57,9 @@ class RayHosts(RayEngine):
         actor = ray.remote(WorkerHost).options(
             max_restarts=0, max_task_retries=0, **self._actor_options
         )
-        return actor.remote(self.specs, self.spec.cluster.cpus_per_worker, self._at_once)
+        # The first one says how many GPUs there are.
+        specs = (self.spec, *self.specs[1:])
+        return actor.remote(specs, self.spec.cluster.cpus_per_worker, self._at_once)
 
     def lend_reducer(self, spec: JobSpec) -> Any:
         """A reducer for a study: one that another study has given back, or a new one."""
@@ -63,7 +67,8 @@ class RayHosts(RayEngine):
             actor = self._free_reducers.pop()
         except IndexError:
             # It works while the workers wait, so it asks for no processor of its own.
-            options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
+            options = {"num_cpus": 0, "num_gpus": spec.cluster.reducer_gpus or 0}
+            options |= {"max_restarts": 0, "max_task_retries": 0}
             actor = ray.remote(ReducerHost).options(**options).remote()
         actor.serve.remote(spec.method, spec.cluster.reducer_threads)
         return actor
@@ -79,6 +84,9 @@ class RayHosts(RayEngine):
         self._free_reducers = []
         super().close()
 
+    def _settle_gpus(self) -> JobSpec:
+        return settled(self.spec, find_gpus, studies=self.specs) if node_gpus() else self.spec
+
     def _new_reducer(self) -> Any:
         return None  # every study has its own
 
@@ -93,7 +101,7 @@ class RayGuest(RayCalls):
     def __init__(self, hosts: RayHosts, study: int) -> None:
         self._hosts, self._study = hosts, study
         self.spec = hosts.specs[study]
-        self.num_workers = hosts.num_workers
+        self.num_workers, self.late = hosts.num_workers, hosts.late
         self._workers = hosts.workers()
         self._used: list[dict[str, Any]] = []
         self._reducer = self._new_reducer()
@@ -126,6 +134,10 @@ class RayGuest(RayCalls):
     def reducers_used(self) -> list[dict[str, Any]]:
         """What the calls to its reducers took, those of its lanes included."""
         return [*self._used, fetch(self._reducer.used.remote())]
+
+    def needs(self) -> str:
+        """As of all studies' engine."""
+        return self._hosts.needs()
 
     def close(self) -> None:
         """Give the reducer back and let the workers, which are everybody's, forget the study."""

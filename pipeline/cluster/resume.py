@@ -172,6 +172,8 @@ def _unsound(
     def sound(kind: Kind, shards: Container[int] | None = None) -> list[Part]:
         return [part for part in store.parts(kind, round, shards) if part.name not in lost]
 
+    if plan.spec.method.is_locating:
+        return _unsound_locating(store, lost, round, plan, stands)
     if not plan.spec.method.is_closed_form:
         return _unsound_training(store, lost, round, plan, stands)
     gone: list[Part] = []
@@ -212,6 +214,26 @@ def _unsound_training(
     return found["edits"] if damaged else [], is_done
 
 
+def _unsound_locating(
+    store: RunStore, lost: Mapping[str, Part], round: int, plan: Plan, stands: bool
+) -> tuple[list[Part], bool]:
+    """The same for a method whose updates come from neurons, and those from attributions."""
+    wanted: dict[Kind, int] = {
+        "attributions": len(plan.rounds.shards[round]),
+        "neurons": 1,
+        "update": len(plan.layers),
+    }
+    scores: tuple[Kind, ...] = ("metrics", "general")
+    gone: list[Part] = []
+    for kind in (*wanted, *scores):
+        found = [part for part in store.parts(kind, round) if part.name not in lost]
+        gone += [] if stands else found
+        stands = stands and (kind in scores or len(found) == wanted[kind])
+    is_whole = stands and not any(part.round == round for part in lost.values())
+    edits = [part for part in store.parts("edits", round) if part.name not in lost]
+    return gone + ([] if is_whole else edits), stands
+
+
 def holds_all_updates(store: RunStore, plan: Plan) -> bool:
     """Whether no update is left to be solved for."""
     rounds = range(len(plan.rounds.shards))
@@ -231,7 +253,10 @@ def is_complete(store: RunStore, plan: Plan) -> bool:
     ]
     measured = (*baseline, *rounds.evaluated) if plan.held_out else ()
     for round, shards in enumerate(rounds.shards):
-        if not plan.spec.method.is_closed_form:
+        if plan.spec.method.is_locating:
+            left += shards_left(store, "attributions", round, shards)
+            left += shards_left(store, "neurons", round, shards[:1])
+        elif not plan.spec.method.is_closed_form:
             left += shards_left(store, "training", round, shards[:1])
         for stage in range(len(plan.stages)):
             left += shards_left(store, "values", round, plan.value_shards(round, stage))

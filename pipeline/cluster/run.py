@@ -9,6 +9,7 @@ from rich.console import Console
 
 from pipeline.cluster.covariance import Covariances, ensure_covariances
 from pipeline.cluster.engine import Engine, InProcessEngine
+from pipeline.cluster.gpus import settled_here
 from pipeline.cluster.plan import Plan, make_plan, settle_spec
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.resume import drop_unsound, is_complete, open_earlier, require_same_job
@@ -205,7 +206,7 @@ def run_covariance(spec: JobSpec, *, console: Console | None = None) -> Covarian
 def start_engine(spec: JobSpec) -> Engine:
     """Start the workers that a resolved spec asks for."""
     if spec.cluster.engine == "in_process":
-        return InProcessEngine(spec)
+        return InProcessEngine(settled_here([spec])[0])
     # Ray is imported only where it is used: the core and this engine run without it.
     from pipeline.cluster.ray_engine import RayEngine
 

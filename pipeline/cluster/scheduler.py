@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
+from pipeline.cluster.roster import Roster, Told
 from pipeline.cluster.shards import Piece, PieceQueue, Shard
 from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Change
@@ -92,9 +93,9 @@ class Scheduler:
         self.engine = engine
         self.max_retries = max_retries
         self._waiter = Waiter(engine, stall_seconds, call_timeout_seconds)
+        self._roster = Roster(engine, self._waiter, max_retries, engine.late)
         self.version = 0
-        self._updates: list[tuple[int, Callable[[], Any]]] = []
-        self._told: dict[str, Any] = {}
+        self._told: list[Told] = []
         self._home: dict[str, dict[int, int]] = {}
         self.observers: list[Callable[[Ended], None]] = []
 
@@ -109,8 +110,9 @@ class Scheduler:
     ) -> Iterator[Outcome]:
         """Run a method over shards; outcomes come as they are complete, in any order.
 
-        Every worker has one call under way and takes the next shard when it is done. A shard goes
-        back to the worker that had it before, where that one is free, since it may have kept state.
+        Every worker has one call under way and takes the next shard when it is done; one that
+        comes late takes the next shard, too. A shard goes back to the worker that had it before,
+        where that one is free, since it may have kept state.
 
         Args:
             method: name of a method of `EditWorker`.
@@ -126,15 +128,15 @@ class Scheduler:
         waiting = PieceQueue(pieces, self._home.setdefault(method, {}))
         outcomes = {shard.index: Outcome(shard) for shard in shards}
         under_way: dict[Call, Piece] = {}
-        idle = set(range(self.engine.num_workers))
         while waiting or under_way:
+            idle = self._roster.present - {call.worker for call in under_way}
             while waiting and idle:
                 worker, piece = waiting.take(idle)
                 idle.discard(worker)
                 given = arguments(piece.shard, piece.items)
                 under_way[self.engine.submit(worker, method, *given, **settings)] = piece
             shards_out = {call: f"shard {p.shard.index}" for call, p in under_way.items()}
-            for call in self._waiter.wait(method, shards_out):
+            for call in self._roster.wait(method, shards_out):
                 piece = under_way.pop(call)
                 outcome = outcomes[piece.shard.index]
                 seconds = call.age
@@ -152,33 +154,30 @@ class Scheduler:
                         settings.get("version"),
                     )
                 )
-                idle.add(call.worker)
                 if outcome.open == 0:
                     outcome.done.sort(key=lambda done: done.start)
                     yield outcomes.pop(piece.shard.index)
 
     def broadcast(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Call a method on every worker and wait; a lost worker is replaced and asked again."""
-        calls = [
-            self.engine.submit(worker, method, *args, **kwargs)
-            for worker in range(self.engine.num_workers)
-        ]
-        return [self._insist(call, method, args, kwargs) for call in calls]
+        """Call a method on every worker that is there and wait; one that is lost is left out."""
+        return self._insist(method, lambda: sorted(self._roster.present), args, kwargs)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method on one worker and wait."""
-        return self._insist(self.engine.submit(0, method, *args, **kwargs), method, args, kwargs)
+        (found,) = self._insist(method, lambda: [self._roster.anyone()], args, kwargs)
+        return found
 
     def set_contexts(self, contexts: tuple[str, ...]) -> None:
-        """Hand the context templates to every worker, and to those that replace them."""
+        """Hand the context templates to every worker, and to those that come later."""
         self._tell("set_contexts", contexts)
 
     def set_anchor_norm(self, norm: float) -> None:
-        """Hand the norm anchor to every worker, and to those that replace them."""
+        """Hand the norm anchor to every worker, and to those that come later."""
         self._tell("set_anchor_norm", norm)
 
     def _tell(self, method: str, value: Any) -> None:
-        self._told[method] = value
+        self._told.append(lambda: (method, (value,), {}))
+        self._roster.remember(self._told[-1])
         self.broadcast(method, value)
 
     def apply(self, layer: int, update: Change, reload: Callable[[], Change] | None = None) -> None:
@@ -190,13 +189,13 @@ class Scheduler:
             reload: makes the change again, to the same bits, for a worker that starts later; null
                 keeps the shared one, which a study's hundreds are too many for.
         """
-        reference = self.engine.share(update)
-        version = self.version
-        self._updates.append((layer, reload or (lambda: reference)))
+        reference, version = self.engine.share(update), self.version
+        again = reload or (lambda: reference)
+        self._roster.remember(lambda: ("apply", (layer, again()), {"version": version}))
         self.version += 1
         calls = [
             self.engine.submit(worker, "apply", layer, reference, version=version)
-            for worker in range(self.engine.num_workers)
+            for worker in sorted(self._roster.present)
         ]
         for call in calls:
             came_of_it: CallOutcome = "done"
@@ -205,12 +204,12 @@ class Scheduler:
                 seconds = call.age
             except WorkerLostError as error:
                 came_of_it, seconds = "lost", call.age
-                self._replace(call.worker, error)
+                self._roster.lose(call.worker, error)
             self._announce(Ended("apply", call.worker, seconds, came_of_it, version=version))
 
     def revert(self) -> None:
         """Put the unedited weights back everywhere: version 0."""
-        self._updates.clear()
+        self._roster.remember_only(self._told)
         self.version = 0
         self.broadcast("revert")
 
@@ -219,8 +218,14 @@ class Scheduler:
         waiter = self._waiter
         times = waiter.stall_seconds, waiter.call_timeout_seconds
         other = Scheduler(engine, self.max_retries, *times)
-        other._told = dict(self._told)
+        other._told = list(self._told)
+        other._roster.remember_only(self._told)
         return other
+
+    @property
+    def workers(self) -> list[int]:
+        """Numbers of the workers that are there."""
+        return sorted(self._roster.present)
 
     def _announce(self, ended: Ended) -> None:
         for observer in self.observers:
@@ -233,7 +238,7 @@ class Scheduler:
         try:
             result = self._waiter.fetch(call)
         except WorkerLostError as error:
-            self._replace(call.worker, error)
+            self._roster.lose(call.worker, error)
             if piece.retries >= self.max_retries:
                 raise JobFailedError(
                     f"shard {piece.shard.index} was lost {piece.retries + 1} times, the last time:"
@@ -275,36 +280,32 @@ class Scheduler:
         waiting.put_back(replace(piece, items=piece.items[:middle]), upper)
         outcome.open += 1
 
-    def _insist(self, call: Call, method: str, args: Any, kwargs: Any) -> Any:
-        for _ in range(self.max_retries):
-            try:
-                return self._waiter.result(call, method)
-            except WorkerLostError as error:
-                self._replace(call.worker, error)
-                call = self.engine.submit(call.worker, method, *args, **kwargs)
-        return self._waiter.result(call, method)
+    def _insist(
+        self,
+        method: str,
+        workers: Callable[[], Sequence[int]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> list[Any]:
+        """Call a method on these workers, until one at least has answered; return the answers.
 
-    def _replace(self, worker: int, error: WorkerLostError) -> None:
-        """Start a lost worker anew and bring it to the version of the others."""
-        log.warning(
-            "worker %d was lost (%s); starting it again", worker, error, extra={"worker": worker}
-        )
+        Raises:
+            JobFailedError: all that were asked were lost, more often than `max_retries`.
+        """
+        last: WorkerLostError | None = None
         for _ in range(self.max_retries + 1):
-            try:
-                self._restart(worker)
-                return
-            except WorkerLostError as again:
-                error = again
-        raise JobFailedError(f"worker {worker} does not come back: {error}") from error
-
-    def _restart(self, worker: int) -> None:
-        self.engine.restart(worker)
-        for method, value in self._told.items():
-            call = self.engine.submit(worker, method, value)
-            self._waiter.result(call, method)
-        for version, (layer, update) in enumerate(self._updates):
-            call = self.engine.submit(worker, "apply", layer, update(), version=version)
-            self._waiter.result(call, "apply")
+            self._roster.anyone()
+            calls = [self.engine.submit(n, method, *args, **kwargs) for n in workers()]
+            answers = []
+            for call in calls:
+                try:
+                    answers.append(self._waiter.result(call, method))
+                except WorkerLostError as error:
+                    last = error
+                    self._roster.lose(call.worker, error)
+            if answers:
+                return answers
+        raise JobFailedError(f"{method} was lost {self.max_retries + 1} times: {last}") from last
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ from pipeline.cluster.divergence import find_ruin, not_taken, stop_or_warn
 from pipeline.cluster.engine import Engine
 from pipeline.cluster.general import measure_general
 from pipeline.cluster.insertion import Insertion
+from pipeline.cluster.locating import Locating
 from pipeline.cluster.outcomes import (
     failed_probes,
     num_items,
@@ -44,7 +45,7 @@ from pipeline.cluster.training import Training
 from pipeline.cluster.value_search import search_values, search_values_apart, without
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import DivergedError, JobFailedError
-from pipeline.methods import build_gradient_method, build_method
+from pipeline.methods import build_gradient_method, build_locating_method, build_method
 from pipeline.requests import EditRequest
 from pipeline.results.listing import Kind
 from pipeline.results.seconds import write_seconds
@@ -53,6 +54,8 @@ from pipeline.spec import MethodSpec
 from pipeline.watching import logs
 
 log = logging.getLogger(__name__)
+
+_Writer = Insertion | Training | Locating
 
 # Where a round has fewer edits, all of them getting worse says little about the model.
 _LEAST_TO_JUDGE_A_ROUND_BY = 10
@@ -159,7 +162,7 @@ class Study:
             self._measure_general(store, BASELINE_ROUND)
             self.sharing.is_done(key, store)
 
-    def _timed_round(self, store: RunStore, writer: Insertion | Training, round: int) -> None:
+    def _timed_round(self, store: RunStore, writer: _Writer, round: int) -> None:
         if self.is_batch:
             self._round(store, writer, round)
             return
@@ -174,9 +177,11 @@ class Study:
             took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
             self.progress.say(f"round {round}: {took}")
 
-    def _round(self, store: RunStore, writer: Insertion | Training, round: int) -> None:
+    def _round(self, store: RunStore, writer: _Writer, round: int) -> None:
         if isinstance(writer, Training):
             self._train(store, writer, round)
+        elif isinstance(writer, Locating):
+            self._locate(store, writer, round)
         else:
             self._insert(store, writer, round)
         self._evaluate(store, "evaluation", round)
@@ -208,12 +213,21 @@ class Study:
             self._blame(store, requests, error, round)
             raise
 
+    def _locate(self, store: RunStore, locating: Locating, round: int) -> None:
+        shards = without(self.plan.rounds.shards[round], self.failures)
+        try:
+            self.failures |= locating.edit(shards, round)
+        except DivergedError as error:
+            self._blame(store, [r for shard in shards for r in shard.items], error, round)
+            raise
+
     def _require_no_ruin(self, store: RunStore, metrics: pa.Table, round: int) -> None:
         if self._baseline is None:
             self._baseline = store.read_parts("metrics", BASELINE_ROUND)
         both = pa.concat_tables([self._baseline, metrics], promote_options="default")
         least = 1 if self.is_batch else _LEAST_TO_JUDGE_A_ROUND_BY
-        ruin = find_ruin(both, BASELINE_ROUND, round, least)
+        writes = self.plan.spec.method.writes_targets
+        ruin = find_ruin(both, BASELINE_ROUND, round, least, writes_targets=writes)
         if ruin is None:
             return
         if self.plan.spec.output.on_divergence == "stop":
@@ -292,9 +306,12 @@ class Study:
 
     def _writer(
         self, store: RunStore, covariances: Covariances | None, worker: WorkerDescription
-    ) -> Insertion | Training:
+    ) -> _Writer:
         """What turns a round's requests into updates."""
         spec = self.plan.spec
+        if spec.method.is_locating:
+            locating = build_locating_method(spec.method)
+            return Locating(locating, self.scheduler, store, worker, self.progress)
         if not spec.method.is_closed_form:
             retries, method = spec.cluster.max_retries, build_gradient_method(spec.method)
             carries_over = not spec.rolls_back

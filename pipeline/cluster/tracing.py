@@ -9,25 +9,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 
 from pipeline.cluster.covariance import Covariances
-from pipeline.cluster.outcomes import num_items, shards_left
+from pipeline.cluster.outcomes import num_items, rows_and_failures, shards_left
 from pipeline.cluster.plan import Plan, make_plan
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.record import begin_run, go_on, recording_end
 from pipeline.cluster.resume import open_earlier, require_same_job, require_same_model
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.run import RunResult, make_scheduler, start_engine
-from pipeline.cluster.scheduler import Outcome, Scheduler
+from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import InputError
 from pipeline.requests import EditRequest
 from pipeline.results.driving import driving
 from pipeline.results.manifest import read_begun
 from pipeline.results.remote import next_free_place
-from pipeline.results.schemas import SCHEMAS
 from pipeline.results.store import RunStore
 from pipeline.spec import (
     CovarianceSpec,
@@ -164,7 +162,7 @@ class _Tracing:
                 "trace", left, lambda _, items: (items, noise), version=version
             )
             for outcome in outcomes:
-                rows, failed = _rows_and_failures(outcome)
+                rows, failed = rows_and_failures("trace", outcome)
                 store.write_part(
                     "trace",
                     rows,
@@ -202,15 +200,3 @@ class _Tracing:
             peak_worker_memory_bytes=memory,
         )
         return summary
-
-
-def _rows_and_failures(outcome: Outcome) -> tuple[pa.Table, dict[str, str]]:
-    """A shard's rows, and case_id -> why of the facts that were skipped or failed."""
-    tables = [SCHEMAS["trace"].empty_table()]
-    failed: dict[str, str] = {}
-    for piece in outcome.done:
-        rows, skipped = piece.result
-        tables.append(rows)
-        failed |= skipped
-    failed |= {request.case_id: reason for request, reason in outcome.failures}
-    return pa.concat_tables(tables), failed

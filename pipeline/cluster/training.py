@@ -11,19 +11,19 @@ import torch
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.engine import WorkerLostError
 from pipeline.cluster.progress import PhaseProgress, Ticker
+from pipeline.cluster.round_updates import apply_stored, finished_update, store_update
 from pipeline.cluster.scheduler import Outcome, Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.descent import Step
 from pipeline.editing.update import Update
-from pipeline.errors import DivergedError, JobFailedError
-from pipeline.methods import GradientMethod, wraps_updates
+from pipeline.errors import JobFailedError
+from pipeline.methods import GradientMethod
 from pipeline.methods.gradient import State
 from pipeline.requests import EditRequest
 from pipeline.results.schemas import conform
 from pipeline.results.state import read_state, write_state
 from pipeline.results.store import RunStore
-from pipeline.results.updates import read_update, write_update
 
 log = logging.getLogger(__name__)
 
@@ -90,18 +90,16 @@ class Training:
             if not is_held:
                 made, failures = self._make(requests, failures, round, ticker)
                 self._write(made, failures, round)
-            for layer in layers:
-                path = self.store.layers("update", round)[layer]
-                update = read_update(path)[1]
-                self.scheduler.apply(layer, update, reload=lambda p=path: read_update(p)[1])  # type: ignore[misc]
+            apply_stored(self.scheduler, self.store, layers, round)
         return failures
 
     def _write(self, made: _Made, failures: dict[str, str], round: int) -> None:
         """Write what was made: the steps first, the updates last, whose presence says it is all."""
-        updates = {layer: self._wrapped(layer, update) for layer, update in made.updates.items()}
-        for layer, update in updates.items():
-            if not all(bool(part.isfinite().all()) for part in update.parts.values()):
-                raise DivergedError(f"layer {layer}: the update holds infinities or NaNs")
+        method = self.method.spec
+        updates = {
+            layer: finished_update(self.scheduler, method, layer, update)
+            for layer, update in made.updates.items()
+        }
         if not self.store.has_part("training", round, 0):
             self.store.write_part(
                 "training",
@@ -115,26 +113,10 @@ class Training:
             write_state(self.store, made.state, round=round, layer=self.method.layers[0])
         stored = self.store.layers("update", round)
         for layer, update in updates.items():
-            log.info("layer %d: the update's norm is %.3g", layer, update.norm())
             if layer not in stored:
-                write_update(
-                    self.store,
-                    round=round,
-                    layer=layer,
-                    weight_name=self.worker.weight_names[layer],
-                    update=update,
-                    metadata={
-                        "method": self.method.spec.name,
-                        "fingerprint": self.worker.fingerprint,
-                    },
+                store_update(
+                    self.store, self.worker, method, round=round, layer=layer, update=update
                 )
-
-    def _wrapped(self, layer: int, update: Update) -> Update:
-        if not wraps_updates(self.method.spec):
-            return update
-        version = self.scheduler.version
-        wrapped: Update = self.scheduler.call("wrap_update", layer, update, version=version)
-        return wrapped
 
     def _make(
         self, requests: Sequence[EditRequest], failures: dict[str, str], round: int, ticker: Ticker

@@ -10,8 +10,8 @@ from pipeline.cluster.engine import Engine
 from pipeline.cluster.shards import Shard
 from pipeline.editing.sums import add_up, edits_for_sums, sum_keys
 
-# Parts that are added at one place: of more, the reducer would receive and add too many alone.
-_FAN_IN = 8
+FAN_IN = 8
+"""Parts that are added at one place: of more, the reducer would receive and add too many alone."""
 _FEWEST_GROUPS = 4
 
 
@@ -51,7 +51,7 @@ def sum_in_tree(
         References of `Sums`, in order.
     """
     sums = [engine.combine(sum_keys, [references[place] for place in group]) for group in groups]
-    while len(sums) > _FAN_IN:
-        parts = [sums[start : start + _FAN_IN] for start in range(0, len(sums), _FAN_IN)]
+    while len(sums) > FAN_IN:
+        parts = [sums[start : start + FAN_IN] for start in range(0, len(sums), FAN_IN)]
         sums = [engine.combine(add_up, part) if len(part) > 1 else part[0] for part in parts]
     return sums

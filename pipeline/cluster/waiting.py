@@ -1,8 +1,9 @@
 """Waiting for calls: saying which stall, and giving up those that never answer."""
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
@@ -27,19 +28,29 @@ class Waiter:
         self.call_timeout_seconds = call_timeout_seconds
         self._said = time.monotonic()
 
-    def wait(self, method: str, out: Mapping[Call, str]) -> list[Call]:
+    def wait(
+        self,
+        method: str,
+        out: Mapping[Call, str],
+        beside: Sequence[Call] = (),
+        at_most: float = math.inf,
+    ) -> list[Call]:
         """Wait until calls are finished or overdue, which `fetch` tells apart.
 
         Args:
             method: what was called.
             out: the calls, and what each is to be called in a message.
+            beside: calls that may take any time, and are never late or overdue.
+            at_most: seconds to wait.
         """
+        deadline = time.monotonic() + at_most
         while True:
-            done = self.engine.wait(list(out), self._patience(out))
+            seconds = min(self._patience(out), max(0.0, deadline - time.monotonic()))
+            done = self.engine.wait([*beside, *out], seconds)
             left = [call for call in out if call not in done]
             self._report(method, {call: out[call] for call in left if self._is_late(call)})
             overdue = [call for call in left if self._is_overdue(call)]
-            if done or overdue:
+            if done or overdue or time.monotonic() >= deadline:
                 return done + overdue
 
     def fetch(self, call: Call) -> Any:
@@ -61,7 +72,7 @@ class Waiter:
 
     def _patience(self, out: Iterable[Call]) -> float:
         """Seconds until something is to be said or done about the oldest call."""
-        oldest, stall = max(call.age for call in out), self.stall_seconds
+        oldest, stall = max((call.age for call in out), default=0.0), self.stall_seconds
         seconds = stall - oldest if oldest < stall else stall
         if self.call_timeout_seconds is not None:
             seconds = min(seconds, max(0.0, self.call_timeout_seconds - oldest))

@@ -9,16 +9,18 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.adapter_files import save_edited
+from pipeline.cluster.neuron_tables import attribution_rows
 from pipeline.editing.covariance import GramSums, gram_sums
 from pipeline.editing.gradients import Factors, TargetGradients
 from pipeline.editing.keys import KeyWave
+from pipeline.editing.knowledge_neurons import NeuronEdit
 from pipeline.editing.memory import edits_that_fit, free_bytes
 from pipeline.editing.update import Change, EditedWeights, Update
 from pipeline.editing.values import FoundValue
@@ -26,15 +28,22 @@ from pipeline.errors import DivergedError, InputError, WeightVersionMismatchErro
 from pipeline.evaluation import general, metrics
 from pipeline.evaluation.asking import continuations_of, scores_of
 from pipeline.evaluation.probes import Probe
-from pipeline.methods import ClosedForm, GradientMethod, build_method
-from pipeline.models.editable import EditableModel, resolve_device
+from pipeline.methods import ClosedForm, GradientMethod, KnowledgeNeurons, build_method
+from pipeline.models.editable import EditableModel, resolve_devices
 from pipeline.models.loading import (
     fingerprint,
     fuse_activations,
     load_model,
     load_tokenizer,
 )
-from pipeline.prompts import EditPrompts, generate_contexts, token_ids, tokenize_edits
+from pipeline.prompts import (
+    EditPrompts,
+    encode_targets,
+    generate_contexts,
+    token_ids,
+    tokenize_edits,
+    tokenize_fact_prompts,
+)
 from pipeline.requests import EditRequest, quote
 from pipeline.results.schemas import conform
 from pipeline.spec import JobSpec, ModelSpec
@@ -75,16 +84,23 @@ class Replica:
     Args:
         spec: the model to load.
         threads: compute threads.
+        gpus: GPUs that it has, or a part of one; `auto` is one, if there is any.
 
     Raises:
-        InputError: the model cannot be loaded or is not supported.
+        InputError: the model cannot be loaded or is not supported, or there are too few GPUs.
     """
 
-    def __init__(self, spec: ModelSpec, threads: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, threads: int, gpus: float | Literal["auto"] = "auto"
+    ) -> None:
         torch.set_num_threads(threads)
-        device, self.device_reason = resolve_device()
+        devices, self.device_reason = resolve_devices(1 if gpus == "auto" else gpus)
+        self.gpu_share = gpus if gpus != "auto" and 0 < gpus < 1 else 1.0
+        if self.gpu_share < 1 and devices[0].type == "cuda":
+            # Beyond its part of a shared GPU this process runs out of memory, not its neighbours.
+            torch.cuda.set_per_process_memory_fraction(self.gpu_share, devices[0])
         self.tokenizer = load_tokenizer(spec)
-        model = load_model(spec, device)
+        model = load_model(spec, *devices)
         self.fingerprint = fingerprint(model)
         fuse_activations(model)
         self.model = EditableModel(model)
@@ -103,7 +119,7 @@ class EditWorker:
     """
 
     def __init__(self, spec: JobSpec, threads: int, replica: Replica | None = None) -> None:
-        self._replica = replica or Replica(spec.model, threads)
+        self._replica = replica or Replica(spec.model, threads, spec.cluster.gpus_per_worker)
         self.spec = spec
         self.model, self.tokenizer = self._replica.model, self._replica.tokenizer
         self.method = build_method(spec.method)
@@ -113,14 +129,14 @@ class EditWorker:
         self._waves_of = 0
         self._laid_out: dict[tuple[str, ...], TargetGradients] = {}
         self._laid_out_of: tuple[int, ...] = ()
-        self._max_tokens = TOKENS_PER_BATCH[self.model.device.type]
+        self._max_tokens = TOKENS_PER_BATCH[self.model.input_device.type]
 
     def describe(self) -> WorkerDescription:
         """Report model, device and shapes."""
         layers = self.method.layers
         return WorkerDescription(
             fingerprint=self._replica.fingerprint,
-            device=str(self.model.device),
+            device=",".join(map(str, self.model.devices)),
             device_reason=self._replica.device_reason,
             dtype=str(self.model.dtype).removeprefix("torch."),
             hidden_size=self.model.hidden_size,
@@ -214,11 +230,12 @@ class EditWorker:
             self._waves_of = began
         wave = self._wave(shard, requests, stage[-1])
         keys, residuals = method.keys_and_residuals(wave, layer, values_ND)
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        keys, residuals = keys.to(wide).cpu(), residuals.cpu()
         _require_finite(requests, keys, residuals, layer)
         if layer == stage[-1]:
             del self._waves[shard]
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        return len(requests), (keys.to(wide).cpu(), residuals.cpu())
+        return len(requests), (keys, residuals)
 
     def apply(self, layer: int, update: Change, *, version: int) -> int:
         """Apply a layer's change if this worker is at `version`; return its new version.
@@ -283,6 +300,62 @@ class EditWorker:
                 tuple(ruined),
             )
         return len(requests), factors
+
+    def attribute(
+        self, requests: Sequence[EditRequest], *, version: int, round: int
+    ) -> tuple[pa.Table, dict[str, str]]:
+        """Look for the neurons of facts: rows of attributions/, and case_id -> why there are none.
+
+        What is asked for is a request's `target_true`, or what the model answers
+        (`method.kn.old_answer`).
+        """
+        self._require(version)
+        settings, asked = self._locating.spec.kn, list(requests)
+        failed: dict[str, str] = {}
+        if with_old := settings.old_answer == "target_true":
+            reason = "it has no target_true; method.kn.old_answer: argmax takes the model's answer"
+            failed = {r.case_id: reason for r in asked if r.target_true is None}
+            asked = [request for request in asked if request.case_id not in failed]
+        facts = tokenize_fact_prompts(
+            self.tokenizer,
+            asked,
+            self.contexts,
+            paraphrases=settings.paraphrases,
+            with_old=with_old,
+        )
+        most = TOKENS_PER_BACKWARD[self.model.input_device.type]
+        found = list(self._locating.find(self.model, facts, most))
+        reason = "no neuron has a positive, finite attribution"
+        failed |= {
+            request.case_id: reason
+            for request, candidates in zip(asked, found, strict=True)
+            if not candidates.neurons
+        }
+        return attribution_rows(self.tokenizer, asked, found, round), failed
+
+    def change_neurons(
+        self,
+        layer: int,
+        requests: Sequence[EditRequest],
+        neurons: Sequence[tuple[int, ...]],
+        answers: Sequence[tuple[int, ...]],
+        *,
+        version: int,
+    ) -> Update:
+        """The update of a layer in which each request's neurons, and no others, change.
+
+        Args:
+            answers: token ids of the requests' old answers.
+        """
+        self._require(version)
+        new = encode_targets(self.tokenizer, [request.target_new for request in requests])
+        edits = [NeuronEdit(*one) for one in zip(neurons, answers, new, strict=True)]
+        return self._locating.update(self.weights, layer, edits)
+
+    @property
+    def _locating(self) -> KnowledgeNeurons:
+        assert isinstance(self.method, KnowledgeNeurons), "this method looks for no neurons"
+        return self.method
 
     def wrap_update(self, layer: int, update: Update, *, version: int) -> Update:
         """What the method's wrappers make of an update, before it is applied."""
@@ -350,8 +423,12 @@ class EditWorker:
         save_edited(self.weights, self.tokenizer, directory)
 
     def peak_memory(self) -> dict[str, int]:
-        """Peak resident memory of this process, and peak device memory, in bytes."""
-        cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        """Peak resident memory of this process, and peak device memory, in bytes.
+
+        Of a model over several devices that is the fullest one's.
+        """
+        on_gpus = [device for device in self.model.devices if device.type == "cuda"]
+        cuda = max(map(torch.cuda.max_memory_allocated, on_gpus), default=0)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"resident": resident, "device": cuda}
 
@@ -359,9 +436,10 @@ class EditWorker:
         asked = self.spec.cluster.value_batch_size
         if asked != "auto" or not edits:
             return 1 if asked == "auto" else asked
-        device = self.model.device
-        most = EDITS_PER_BATCH[device.type]
-        size = edits_that_fit(self.model, edits, layer, most, free_bytes(device))
+        most = EDITS_PER_BATCH[self.model.input_device.type]
+        share = self._replica.gpu_share
+        free = {device: free_bytes(device, share) for device in self.model.devices}
+        size = edits_that_fit(self.model, edits, layer, most, free)
         if size < most:
             log.info("values: %d edits at once instead of %d, for want of memory", size, most)
         return size
@@ -377,7 +455,7 @@ class EditWorker:
         found = self._laid_out.get(case_ids)
         if found is None:
             edits = tokenize_edits(self.tokenizer, requests, self.contexts)
-            most = TOKENS_PER_BACKWARD[self.model.device.type]
+            most = TOKENS_PER_BACKWARD[self.model.input_device.type]
             found = self.method.gradients(self.model, edits, most, keeps=True)
             kept = found.num_bytes + sum(other.num_bytes for other in self._laid_out.values())
             found.keeps = kept <= self.spec.cluster.hidden_states_gb * 1e9

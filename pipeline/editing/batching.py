@@ -13,12 +13,12 @@ from pipeline.models.masks import plain_segments
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Right-padded rows.
+    """Right-padded rows, on the model's input device.
 
     Attributes:
         index: (rows,) int64, which of the caller's rows these are; on the CPU.
         ids: (rows, tokens) int64.
-        lengths: (rows,) int64 on the device.
+        lengths: (rows,) int64.
         positions: (rows, tokens) int64.
         masks: what the model takes as attention masks.
     """
@@ -68,7 +68,8 @@ def make_batch(
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(rows[i], dtype=torch.long) for i in index], batch_first=True
     )
-    ids, lengths = ids.to(model.device), lengths.to(model.device)
-    positions = torch.arange(ids.shape[1], device=model.device).expand_as(ids)
+    device = model.input_device
+    ids, lengths = ids.to(device), lengths.to(device)
+    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
     masks = model.masks(positions, plain_segments(lengths, ids.shape[1]))
     return TokenBatch(torch.tensor(index), ids, lengths, positions, masks)

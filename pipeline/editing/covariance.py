@@ -47,13 +47,7 @@ def gram_sums(
         rows: token ids, one text each.
         max_tokens: tokens in one batch.
     """
-    device = model.device
-    sums = {
-        layer: torch.zeros(
-            (size := model.key_size(layer)), size, dtype=torch.float64, device=device
-        )
-        for layer in layers
-    }
+    sums = {layer: _no_sum(model, layer) for layer in layers}
     tokens = 0
     for batch in token_batches(model, rows, max_tokens):
         for layer, keys in _keys_of(model, layers, batch).items():
@@ -78,4 +72,12 @@ def _keys_of(model: EditableModel, layers: Sequence[int], batch: TokenBatch) -> 
         )
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     real = batch.real.flatten()
-    return {layer: keys[0].reshape(len(real), -1)[real].to(wide) for layer, keys in seen.items()}
+    return {
+        layer: keys.reshape(len(real), -1)[real.to(keys.device)].to(wide)
+        for layer, (keys,) in seen.items()
+    }
+
+
+def _no_sum(model: EditableModel, layer: int) -> Tensor:
+    size = model.key_size(layer)
+    return torch.zeros(size, size, dtype=torch.float64, device=model.device_of(layer))

@@ -77,7 +77,8 @@ class TargetGradients:
     def __post_init__(self) -> None:
         self._rows = target_rows(self.edits, self.read)
         batches = token_batches(self.model, [row.ids for row in self._rows], self.max_tokens)
-        self._packs = [_Pack(TargetBatch.of(batch, self._rows)) for batch in batches]
+        device = self.model.output_device
+        self._packs = [_Pack(TargetBatch.of(batch, self._rows, device)) for batch in batches]
 
     @property
     def num_bytes(self) -> int:
@@ -134,6 +135,7 @@ class TargetGradients:
         keys, gradient = keys.flatten(0, -2), gradient.flatten(0, -2)
         if len(keys) == targets.batch.ids.numel():
             place = targets.read if tokens == "target" else targets.batch.real.flatten()
+            place = place.to(keys.device)
             keys, gradient = keys[place], gradient[place]
         wide = torch.promote_types(keys.dtype, torch.float32)
         return keys.to(wide).cpu(), gradient.to(wide).cpu()
@@ -152,7 +154,7 @@ class TargetGradients:
             masks=batch.masks,
             position_ids=batch.positions,
             input_ids=batch.ids,
-        )
+        ).to(self.model.device_of(self.layers[0]))
         if self.keeps:
             pack.entered = entered
         return entered

@@ -101,11 +101,11 @@ class KeyWave:
         asking for one again gives the same bits.
 
         Returns:
-            keys: (N, f) in the model's dtype: the mean over the groups {bare prompt} and {the other
-                contexts} of the mean within the group (MEMIT, arXiv 2210.07229, equation 19 and its
-                published code).
-            hidden: (N, d) in the model's dtype, at the bare prompt's lookup token; what the
-                down-projection of block L puts out, where that is `written`.
+            keys: (N, f) in the model's dtype, on the layer's device: the mean over the groups
+                {bare prompt} and {the other contexts} of the mean within the group (MEMIT, arXiv
+                2210.07229, equation 19 and its published code).
+            hidden: (N, d) in the model's dtype, on block L's device, at the bare prompt's lookup
+                token; what the down-projection of block L puts out, where that is `written`.
         """
         keys, hidden = self.read_bare(layer)
         if self.num_others:
@@ -115,15 +115,15 @@ class KeyWave:
     @torch.no_grad()
     def read_bare(self, layer: int) -> tuple[Tensor, Tensor]:
         """The same with the bare prompts' own keys."""
-        keys = self._empty(self.num_edits, self.model.key_size(layer))
-        hidden = self._empty(self.num_edits, self.model.hidden_size)
+        keys = self._empty(self.num_edits, self.model.key_size(layer), layer)
+        hidden = self._empty(self.num_edits, self.model.hidden_size, self.last_layer)
         for pack in self._bare:
             key, output = self._read_pack(pack, layer, self.last_layer + 1)
             keys[pack.batch.index], hidden[pack.batch.index] = key, output
         return keys, hidden
 
     def _mean_of_others(self, layer: int) -> Tensor:
-        keys = self._empty(self.num_edits * self.num_others, self.model.key_size(layer))
+        keys = self._empty(self.num_edits * self.num_others, self.model.key_size(layer), layer)
         for pack in self._others:
             with without_down_projection(self.model, layer):
                 keys[pack.batch.index], _ = self._read_pack(pack, layer, layer + 1)
@@ -141,7 +141,7 @@ class KeyWave:
         assert output is not None
         if read is not None and self.written == "down_projection":
             (output,) = (states.flatten(0, -2) for states in seen)
-            output = output if len(output) == len(last) else output[last]
+            output = output if len(output) == len(last) else output[last.to(output.device)]
         key = half.key.flatten(0, -2)
         if self.keep == "nothing" or layer == self.last_layer:
             pack.half = None
@@ -149,7 +149,7 @@ class KeyWave:
             pack.half, pack.layer = half, layer
             if self.keep == "hidden":
                 half.keep_input()
-        return key if len(key) == len(last) else key[last], output
+        return key if len(key) == len(last) else key[last.to(key.device)], output
 
     def _bring_to(self, pack: _Pack, layer: int) -> Tensor | None:
         """The pack's states at the input of `layer`; None where those are the embeddings."""
@@ -180,8 +180,9 @@ class KeyWave:
             read=read,
         )
 
-    def _empty(self, rows: int, width: int) -> Tensor:
-        return torch.empty(rows, width, dtype=self.model.dtype, device=self.model.device)
+    def _empty(self, rows: int, width: int, layer: int) -> Tensor:
+        device = self.model.device_of(layer)
+        return torch.empty(rows, width, dtype=self.model.dtype, device=device)
 
 
 @contextmanager

@@ -38,21 +38,25 @@ class Members:
 
     def spread(self, states: Tensor) -> Tensor:
         """What a search has, for each of its rows: (G, ...) to (B, ...)."""
-        return states if self._alone else states[self._search]
+        return states if self._alone else states[self._search.to(states.device)]
 
     def first(self, states: Tensor) -> Tensor:
         """What the first row of each search has: (B, ...) to (G, ...)."""
-        return states if self._alone else states[self._starts]
+        return states if self._alone else states[self._starts.to(states.device)]
 
     def mean(self, numbers: Tensor) -> Tensor:
         """The mean over the rows of each search: (B,) to (G,)."""
         if self._alone:
             return numbers
-        return (numbers[self._rows] * self._real).sum(dim=1) / self._counts
+        rows, real = self._rows.to(numbers.device), self._real.to(numbers.device)
+        return (numbers[rows] * real).sum(dim=1) / self._counts.to(numbers.device)
 
     def every(self, flags: Tensor) -> Tensor:
         """Whether a flag is set for all rows of a search: (B,) bool to (G,)."""
-        return flags if self._alone else (flags[self._rows] | ~self._real).all(dim=1)
+        if self._alone:
+            return flags
+        rows, real = self._rows.to(flags.device), self._real.to(flags.device)
+        return (flags[rows] | ~real).all(dim=1)
 
 
 def rows_of(sizes: Sequence[int], searches: Sequence[int]) -> list[int]:

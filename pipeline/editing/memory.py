@@ -1,8 +1,9 @@
 """How many edits may be searched at once in the memory that is free."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +25,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def value_bytes(model: EditableModel, edit: EditPrompts, layer: int) -> int:
+class ValueBytes(NamedTuple):
     """Bytes that one edit takes while its value is searched, an upper estimate.
+
+    Attributes:
+        layer: the block L whose output is searched.
+        block: of each block from L on, where the block is.
+        logits: where the model puts out its logits.
+    """
+
+    layer: int
+    block: int
+    logits: int
+
+    def over(self, blocks: Iterable[int], *, with_logits: bool) -> int:
+        """Bytes on a device that holds these blocks."""
+        searched = sum(block >= self.layer for block in blocks)
+        return searched * self.block + (self.logits if with_logits else 0)
+
+
+def value_bytes(model: EditableModel, edit: EditPrompts, layer: int) -> int:
+    """Bytes that one edit takes while its value is searched, on all devices together.
+
+    Args: as of `value_parts`.
+    """
+    parts = value_parts(model, edit, layer)
+    return parts.over(range(model.num_blocks), with_logits=True)
+
+
+def value_parts(model: EditableModel, edit: EditPrompts, layer: int) -> ValueBytes:
+    """Bytes that one edit takes while its value is searched, by what takes them.
 
     Args:
         model: the model.
@@ -39,34 +68,51 @@ def value_bytes(model: EditableModel, edit: EditPrompts, layer: int) -> int:
     widths = _HIDDEN_STATES * model.hidden_size + _INNER_STATES * model.key_size(layer)
     states = suffix * widths + 4 * (prefix + suffix) * model.hidden_size
     attention = _ATTENTION_COPIES * heads * suffix * (prefix + suffix)
-    blocks = model.num_blocks - layer
     reads = len(edit.rewrites) * len(edit.target) + 1
     wide = torch.promote_types(model.dtype, torch.float32).itemsize
     logits = _LOGIT_COPIES * reads * model.vocab_size * wide
-    return blocks * (states + attention) * model.dtype.itemsize + logits
+    return ValueBytes(layer, (states + attention) * model.dtype.itemsize, logits)
 
 
 def edits_that_fit(
-    model: EditableModel, edits: Sequence[EditPrompts], layer: int, most: int, free_bytes: int
+    model: EditableModel,
+    edits: Sequence[EditPrompts],
+    layer: int,
+    most: int,
+    free: Mapping[torch.device, int],
 ) -> int:
     """Edits to search at once: the largest power of two up to `most` that half the memory holds.
 
     A power of two, and by an estimate rather than a trial, so that a little more or less of free
     memory leaves the batches, and with them a result's last bits, as they are.
+
+    Args:
+        free: bytes that are free on every device of the model.
     """
-    longest = max(value_bytes(model, edit, layer) for edit in edits)
+    parts = [value_parts(model, edit, layer) for edit in edits]
+    room = []
+    for device in model.devices:
+        blocks = [block for block in range(model.num_blocks) if model.device_of(block) == device]
+        is_last = device == model.output_device
+        longest = max(part.over(blocks, with_logits=is_last) for part in parts)
+        room.append(_USED_PART * free[device] / max(1, longest))
     count = 1
-    while 2 * count <= most and 2 * count * longest <= _USED_PART * free_bytes:
+    while 2 * count <= min(most, *room):
         count *= 2
     return count
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a device, or on this machine (all it has, where it does not say)."""
+def free_bytes(device: torch.device, share: float = 1.0) -> int:
+    """Bytes that are free on a device, or on this machine (all it has, where it does not say).
+
+    Args:
+        device: the device.
+        share: the part of a GPU that this process may take.
+    """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        pool = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + pool)
+        free, total = torch.cuda.mem_get_info(device)
+        held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return int(min(free + held - used, share * total - used))
     available = Path("/proc/meminfo")
     if not available.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -75,6 +75,10 @@ class Recorder:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            log.warning("values are searched without CUDA graphs: %s", str(error).split("\n")[0])
-            self.is_wanted = False
+            self.give_up(str(error).split("\n")[0])
             return None
+
+    def give_up(self, reason: str) -> None:
+        """Record no more, and say why."""
+        log.warning("values are searched without CUDA graphs: %s", reason)
+        self.is_wanted = False

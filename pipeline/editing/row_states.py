@@ -61,7 +61,8 @@ class RowStates:
     ) -> None:
         self._model, self._layer = model, layer
         stems = [_stem(rows) for rows in zip(*plans, strict=True)]
-        self._stem_lengths = torch.tensor([len(stem) for stem in stems], device=model.device)
+        device = model.input_device
+        self._stem_lengths = torch.tensor([len(stem) for stem in stems], device=device)
         stem_places, start = [], 0
         for stem in stems:
             stem_places.append(range(start, start + len(stem)))
@@ -81,8 +82,10 @@ class RowStates:
                 self._numbers.append(number)
                 self._lookups.append(row.lookup - len(stems[number]))
                 start += len(rest)
-        self._starts = torch.tensor(starts, device=model.device)
-        self.hidden = torch.zeros(start, model.hidden_size, dtype=model.dtype, device=model.device)
+        self._starts = torch.tensor(starts, device=device)
+        self.hidden = torch.zeros(
+            start, model.hidden_size, dtype=model.dtype, device=model.device_of(layer)
+        )
         self.prefix: AttentionStates = {}
         self._halved = halved
         self.entered = self.hidden.new_zeros(len(rests) if halved else 0, model.hidden_size)
@@ -103,7 +106,7 @@ class RowStates:
         )
         self._finish(hidden, above, **context)
         self._stem_states = below.recorded | above.recorded
-        width = torch.arange(batch.ids.shape[1], device=self._model.device)
+        width = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         self._keep(
             above, torch.tensor(places, dtype=torch.long), width < self._stem_lengths[:, None]
         )
@@ -111,14 +114,16 @@ class RowStates:
     def _run_rows(self, batch: TokenBatch) -> None:
         """Run rows of like length behind their stems, and their prefixes on to the last block."""
         rows = batch.index.tolist()
-        number = torch.tensor([self._numbers[row] for row in rows], device=self._model.device)
-        lookups = torch.tensor([self._lookups[row] for row in rows], device=self._model.device)
+        number, lookups = (
+            torch.tensor([numbers[row] for row in rows], device=batch.ids.device)
+            for numbers in (self._numbers, self._lookups)
+        )
         stem_lengths = self._stem_lengths[number]
         longest = int(stem_lengths.max())
-        stems = {
-            index: (keys[number, :, :longest], values[number, :, :longest])
-            for index, (keys, values) in self._stem_states.items()
-        }
+        stems: AttentionStates = {}
+        for index, (keys, values) in self._stem_states.items():
+            own = number.to(keys.device)
+            stems[index] = keys[own, :, :longest], values[own, :, :longest]
         positions = batch.positions + stem_lengths[:, None]
         stem_positions = torch.arange(longest, device=positions.device).expand(len(rows), -1)
 
@@ -141,11 +146,11 @@ class RowStates:
                 cache=PrefixCache(stems),
             )
         if self._halved:
-            index = torch.arange(len(rows), device=lookups.device)
-            self.entered[batch.index] = half.hidden[index, lookups]
-            self.attended[batch.index] = attention_states(half)[index, lookups]
+            at = torch.arange(len(rows), device=hidden.device), lookups.to(hidden.device)
+            self.entered[batch.index] = half.hidden[at]
+            self.attended[batch.index] = attention_states(half)[at]
         place = self._starts[batch.index.to(self._starts.device)][:, None] + batch.positions
-        self.hidden[place[batch.real]] = hidden[batch.real]
+        self.hidden[place[batch.real].to(hidden.device)] = hidden[batch.real.to(hidden.device)]
         # Where no row has a prefix of its own, one token runs that nothing reads.
         width = max(1, int(lookups.max()))
         cache = RecordingCache(stems)
@@ -174,7 +179,8 @@ class RowStates:
                 )
                 self.prefix[index] = (keys, values)
             for kept, states in zip(self.prefix[index], recorded, strict=True):
-                kept[places.to(kept.device)] = states.transpose(1, 2)[chosen]
+                here = states.transpose(1, 2)[chosen.to(states.device)]
+                kept[places.to(kept.device)] = here
 
 
 def _stem(rows: Sequence[RowPlan]) -> tuple[int, ...]:

@@ -171,19 +171,20 @@ class Search:
 
     def _losses(self, batch: SearchBatch, delta: Tensor) -> tuple[Tensor, ...]:
         """Loss, target probability, whether the target is predicted, weighted KL: (G,) each."""
-        suffixes, members = batch.suffixes, self._members
+        suffixes, members, here = batch.suffixes, self._members, delta.device
         log_p = self._log_p(suffixes, self._reads, members.spread(delta))
         log_likelihood = log_p[self._reads.targets, suffixes.target_ids]
         predicted = torch.zeros_like(batch.searching)
         if self.settings.stop_when_predicted or self.settings.inside_block:
-            predicted = members.every(self._argmax_is_target(suffixes, log_p.detach()))
-        nll = members.mean(-(log_likelihood * suffixes.target_weight).sum(dim=(1, 2)))
+            right = self._argmax_is_target(suffixes, log_p.detach())
+            predicted = members.every(right).to(here)
+        nll = members.mean(-(log_likelihood * suffixes.target_weight).sum(dim=(1, 2))).to(here)
         decay = (delta.norm(dim=-1) / batch.anchor.norm(dim=-1) ** 2).sum(dim=-1)
         if self.settings.inside_block:
             nll = nll * batch.likelihood_weight
-        divergence = self.settings.kl_weight * self._divergence(batch, log_p)
+        divergence = self.settings.kl_weight * self._divergence(batch, log_p).to(here)
         loss = nll + divergence + self.settings.weight_decay * decay
-        probability = members.mean(_probability(log_likelihood, suffixes.target_weight))
+        probability = members.mean(_probability(log_likelihood, suffixes.target_weight)).to(here)
         return loss, probability, predicted, divergence
 
     def _log_p(self, suffixes: SuffixBatch, reads: Reads, delta: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ class Search:
         log_p = log_p[self._members.first(self._reads.essence)]
         if 0 in self._passes and not self.settings.warm_start:
             # At delta = 0, an edit's first pass, this is the unedited model's own prediction.
-            is_first = (batch.passes == 0)[:, None]
+            is_first = (batch.passes == 0)[:, None].to(log_p.device)
             batch.reference = torch.where(is_first, log_p.detach(), batch.reference)
         return (log_p.exp() * (log_p - batch.reference)).sum(dim=-1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.editing.members import Members, rows_of
-from pipeline.editing.suffixes import SuffixBatch
+from pipeline.editing.suffixes import SuffixBatch, on_its_device
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Ended(NamedTuple):
 @dataclass
 class SearchBatch:
     """The edits at work; every tensor's first dimension is G.
+
+    They are where block L is, `reference` where the model puts out its logits.
 
     Attributes:
         suffixes: what does not change during their search; its first dimension is B.
@@ -93,7 +95,9 @@ class SearchBatch:
             first_moment=state.clone(),
             second_moment=state.clone(),
             likelihood_weight=torch.ones_like(count),
-            reference=anchor.new_zeros(len(anchor), vocab_size),
+            reference=torch.zeros(
+                len(anchor), vocab_size, dtype=anchor.dtype, device=suffixes.target_ids.device
+            ),
             passes=count.long(),
             searching=torch.ones_like(count, dtype=torch.bool),
             best_delta=state.clone(),
@@ -114,7 +118,7 @@ class SearchBatch:
             self,
             suffixes=self.suffixes.select(rows),
             sizes=tuple(self.sizes[search] for search in keep),
-            **{name: getattr(self, name)[chosen] for name in _STATES},
+            **{name: on_its_device(getattr(self, name), chosen) for name in _STATES},
         )
 
     def join(self, other: "SearchBatch") -> "SearchBatch":

@@ -25,6 +25,9 @@ from pipeline.prompts import EditPrompts
 class SuffixBatch:
     """The constant part of the value search of B edits.
 
+    It is where block L is; a layer's prefix is where the layer is, and what the loss is read by
+    (`is_read`, `target_*`, `essence_index`) where the model puts out its logits.
+
     Attributes:
         hidden: (B, S, d) clean output of block L, float32 (float64 for a float64 model).
         anchor: (B, d) h0: the output of block L at the bare prompt's lookup token.
@@ -61,7 +64,7 @@ class SuffixBatch:
         """Find the states that the loss reads among all tokens; waits for the device."""
         flat = self.is_read.flatten()
         place = flat.cumsum(0) - 1
-        first = torch.arange(len(self.anchor), device=flat.device) * self.is_read.shape[1]
+        first = torch.arange(len(self.is_read), device=flat.device) * self.is_read.shape[1]
         return Reads(
             flat.nonzero().squeeze(-1),
             place[first[:, None, None] + self.target_index],
@@ -141,7 +144,12 @@ def _select(value: Any, keep: Tensor) -> Any:
         return {key: _select(part, keep) for key, part in value.items()}
     if isinstance(value, tuple):
         return tuple(_select(part, keep) for part in value)
-    return value[keep]
+    return on_its_device(value, keep)
+
+
+def on_its_device(value: Tensor, keep: Tensor) -> Tensor:
+    """Some of a tensor's rows, where it is."""
+    return value[keep.to(value.device)]
 
 
 def _padded(states: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -196,12 +204,13 @@ def encode_suffixes(
     """
     plans = [_rows_of(edit) for edit in edits]
     states = RowStates(model, plans, layer, halved=halved)
-    layout = _Layout(plans, states, model.device)
+    layout = _Layout(plans, states, model.device_of(layer))
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     packed = states.hidden[layout.suffix_source].to(wide)
-    target_index, target_ids, target_weight = _targets(edits, plans, model.device, wide)
-    essence_index = layout.row_starts[:, -1]
-    is_read = torch.zeros(packed.shape[:2], dtype=torch.bool, device=model.device)
+    device = model.output_device
+    target_index, target_ids, target_weight = _targets(edits, plans, device, wide)
+    essence_index = layout.row_starts[:, -1].to(device)
+    is_read = torch.zeros(packed.shape[:2], dtype=torch.bool, device=device)
     is_read.scatter_(1, torch.cat([target_index.flatten(1), essence_index[:, None]], dim=1), True)
     return SuffixBatch(
         hidden=packed,
@@ -241,7 +250,7 @@ def _rows_of(edit: EditPrompts) -> list[RowPlan]:
 
 def _by_head(states: Tensor, source: Tensor) -> Tensor:
     """(T, heads, size) picked by token index (B, P): (B, heads, P, size)."""
-    return states[source].transpose(1, 2).contiguous()
+    return states[source.to(states.device)].transpose(1, 2).contiguous()
 
 
 class _Layout:

@@ -78,9 +78,15 @@ class TargetBatch:
     weight: Tensor
 
     @classmethod
-    def of(cls, batch: TokenBatch, rows: Sequence[TargetRow]) -> "TargetBatch":
-        """Lay out the rows of a batch; `rows` are all that its index numbers."""
-        width, device = batch.ids.shape[1], batch.ids.device
+    def of(
+        cls, batch: TokenBatch, rows: Sequence[TargetRow], device: torch.device
+    ) -> "TargetBatch":
+        """Lay out the rows of a batch; `rows` are all that its index numbers.
+
+        Args:
+            device: the model's output device, where the loss is computed.
+        """
+        width = batch.ids.shape[1]
         chosen = [rows[i] for i in batch.index.tolist()]
         flat = [line * width + place for line, row in enumerate(chosen) for place in row.places]
         read, slots = torch.tensor(flat).unique(return_inverse=True)

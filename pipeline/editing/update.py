@@ -56,6 +56,11 @@ class Update:
         left, right = self.parts["left"].to(device), self.parts["right"].to(device)
         return (left.double() @ right.double()).float()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is a product of no factors at all, which changes nothing."""
+        return "left" in self.parts and self.parts["left"].shape[1] == 0
+
     def norm(self) -> float:
         """Frobenius norm."""
         return float(self.matrix().norm())
@@ -130,8 +135,10 @@ class EditedWeights:
         if isinstance(change, Adapter):
             self._adapters[layer, change.kind] = self._with(layer, change)
             self._attach(layer, change.kind)
-        else:
-            matrix = change.matrix(self.model.device) if isinstance(change, Update) else change
+        elif not (isinstance(change, Update) and change.is_empty):
+            matrix = (
+                change.matrix(self.model.device_of(layer)) if isinstance(change, Update) else change
+            )
             self._add(layer, matrix)
         self.version += 1
 

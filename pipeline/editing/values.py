@@ -81,7 +81,7 @@ def find_values(
         layer: the block L whose output is searched.
         settings: the search's settings.
         batch_size: edits searched at once; halved whenever memory runs out.
-        cuda_graphs: replay passes as CUDA graphs where the model is on a GPU.
+        cuda_graphs: replay passes as CUDA graphs where the model is on one GPU.
 
     Returns:
         One value an edit, in the order of `edits`.
@@ -113,7 +113,7 @@ def find_merged_values(
         layer: the block L whose output is searched.
         settings: the search's settings.
         batch_size: edits searched at once; a larger group is searched alone.
-        cuda_graphs: replay passes as CUDA graphs where the model is on a GPU.
+        cuda_graphs: replay passes as CUDA graphs where the model is on one GPU.
 
     Returns:
         One value a group, in the order of `groups`.
@@ -124,7 +124,9 @@ def find_merged_values(
     # Edits of like length share a batch, so that little of it is padding.
     left = sorted(range(len(groups)), key=lambda i: (*max(map(_token_counts, groups[i])), i))
     found: dict[int, FoundValue] = {}
-    recorder = Recorder(cuda_graphs and model.device.type == "cuda")
+    recorder = Recorder(cuda_graphs and model.input_device.type == "cuda")
+    if recorder.is_wanted and len(model.devices) > 1:
+        recorder.give_up("the model is on several GPUs")
     while left:
         search = Search(model, [groups[i] for i in left], layer, settings, batch_size, recorder)
         try:

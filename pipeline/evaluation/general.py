@@ -114,8 +114,8 @@ def neutral_prompt(text: str) -> str:
 
 
 def _on_texts(model: EditableModel, rows: Rows, batch_tokens: int) -> list[tuple[str, float, int]]:
-    nll = torch.zeros((), dtype=torch.float64, device=model.device)
-    right = torch.zeros((), dtype=torch.int64, device=model.device)
+    nll = torch.zeros((), dtype=torch.float64, device=model.output_device)
+    right = torch.zeros((), dtype=torch.int64, device=model.output_device)
     tokens = 0
     for batch in token_batches(model, [row for row in rows if len(row) > 1], batch_tokens):
         asking = batch.real.clone()
@@ -152,9 +152,10 @@ def _on_prompts(
 
 def _last_states(model: EditableModel, rows: Rows, batch_tokens: int) -> Tensor:
     """Normed state at the last token of each row: (rows, d)."""
-    states = torch.empty(len(rows), model.hidden_size, dtype=model.dtype, device=model.device)
+    device = model.output_device
+    states = torch.empty(len(rows), model.hidden_size, dtype=model.dtype, device=device)
     for batch in token_batches(model, rows, batch_tokens):
-        states[batch.index.to(model.device)] = model.final(
+        states[batch.index.to(device)] = model.final(
             None,
             first=0,
             masks=batch.masks,

@@ -67,9 +67,8 @@ def _continue(model: EditableModel, rows: Sequence[Sequence[int]], pad_id: int) 
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    whole = model.model.generate(
-        input_ids=ids.to(model.device), attention_mask=real.to(model.device)
-    )
+    device = model.input_device
+    whole = model.model.generate(input_ids=ids.to(device), attention_mask=real.to(device))
     return whole[:, width:].tolist()
 
 

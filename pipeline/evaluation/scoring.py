@@ -90,7 +90,7 @@ def _run(
     for batch in length_batches(layout.lengths, max_tokens):
         rows = as_ints(batch)
         ids, positions, segments = (
-            torch.from_numpy(part).to(model.device) for part in layout.tokens(rows)
+            torch.from_numpy(part).to(model.input_device) for part in layout.tokens(rows)
         )
         parent = segments.clamp(max=0)  # every answer continues segment 0; padding stays -1
         chosen, of_row = layout.answer_tokens(rows)
@@ -102,7 +102,7 @@ def _run(
             masks=model.masks(positions, torch.stack([segments, parent], dim=-1)),
             position_ids=positions,
             input_ids=ids,
-            read=torch.from_numpy(read).to(model.device),
+            read=torch.from_numpy(read).to(model.output_device),
         )
         nll, right, choice = project(model, hidden, slots, layout.labels[chosen])
         order.append(layout.pairs[chosen])

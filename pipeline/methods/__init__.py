@@ -7,6 +7,7 @@ from pipeline.methods.closed_form import ClosedForm
 from pipeline.methods.emmet import Emmet
 from pipeline.methods.fine_tuning import FineTuning
 from pipeline.methods.gradient import GradientMethod
+from pipeline.methods.knowledge_neurons import KnowledgeNeurons
 from pipeline.methods.memit import Memit
 from pipeline.methods.memit_accumulated import MemitAccumulated
 from pipeline.methods.merge import first_of_each_value
@@ -26,6 +27,7 @@ CLOSED_FORM: dict[str, type[ClosedForm]] = {
     "rome": Rome,
 }
 GRADIENT: dict[str, type[GradientMethod]] = {"ft": FineTuning, "ultraedit": UltraEdit}
+LOCATING: dict[str, type[KnowledgeNeurons]] = {"kn": KnowledgeNeurons}
 
 UPDATE_WRAPPERS = frozenset({"rect", "prune"})
 """Wrappers that change updates after they are solved for (`Method.wrap`)."""
@@ -33,12 +35,15 @@ UPDATE_WRAPPERS = frozenset({"rect", "prune"})
 __all__ = [
     "CLOSED_FORM",
     "GRADIENT",
+    "LOCATING",
     "UPDATE_WRAPPERS",
     "ClosedForm",
     "GradientMethod",
+    "KnowledgeNeurons",
     "Method",
     "build_closed_form",
     "build_gradient_method",
+    "build_locating_method",
     "build_method",
     "check_batch",
     "first_of_each_value",
@@ -51,6 +56,8 @@ __all__ = [
 
 def build_method(spec: MethodSpec) -> Method:
     """Make the method that a resolved spec names."""
+    if spec.is_locating:
+        return build_locating_method(spec)
     return build_closed_form(spec) if spec.is_closed_form else build_gradient_method(spec)
 
 
@@ -62,6 +69,11 @@ def build_closed_form(spec: MethodSpec) -> ClosedForm:
 def build_gradient_method(spec: MethodSpec) -> GradientMethod:
     """The same for one that works on gradients."""
     return GRADIENT[spec.name](spec)
+
+
+def build_locating_method(spec: MethodSpec) -> KnowledgeNeurons:
+    """The same for one that looks for neurons (`MethodSpec.is_locating`)."""
+    return LOCATING[spec.name](spec)
 
 
 def wraps_updates(spec: MethodSpec) -> bool:

@@ -11,7 +11,7 @@ from pipeline.spec import MethodSpec
 
 
 class Method:
-    """An editing method: a `ClosedForm` or a `GradientMethod`.
+    """An editing method: a `ClosedForm`, a `GradientMethod` or `KnowledgeNeurons`.
 
     Args:
         spec: the method's settings, resolved.

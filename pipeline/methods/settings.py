@@ -34,7 +34,8 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     text_config = config.get_text_config()
     published, source = _published(text_config, model_path)
     own = published.get("methods", {}).get(spec.method.name, {})
-    method = _merge(spec.method, _one_layer(spec.method, {**published.get("method", {}), **own}))
+    method = _merge(spec.method, _own_layers(spec.method, {**published.get("method", {}), **own}))
+    method = _all_layers(method, int(text_config.num_hidden_layers))
     needed = _needed(method)
     if any(getattr(method, name) is None for name in needed):
         raise InputError(
@@ -82,12 +83,22 @@ def _merge(method: MethodSpec, published: dict[str, Any]) -> MethodSpec:
     return MethodSpec.model_validate({**filled, "value": ValueSpec.model_validate(value)})
 
 
-def _one_layer(method: MethodSpec, published: dict[str, Any]) -> dict[str, Any]:
-    """For a method of one layer, the last of those that are published for several."""
+def _own_layers(method: MethodSpec, published: dict[str, Any]) -> dict[str, Any]:
+    """For a method of one layer, the last of those that are published for several; for one that
+    looks at all of them, none of these."""
     layers = published.get("layers")
-    if method.name != "rome" or layers is None:
+    if layers is None:
         return published
-    return {**published, "layers": layers[-1:]}
+    if method.is_locating:
+        return {name: setting for name, setting in published.items() if name != "layers"}
+    return {**published, "layers": layers[-1:]} if method.name == "rome" else published
+
+
+def _all_layers(method: MethodSpec, num_blocks: int) -> MethodSpec:
+    """For a method that looks for its neurons every block, unless it is given some."""
+    if not method.is_locating or method.layers is not None:
+        return method
+    return method.model_copy(update={"layers": tuple(range(num_blocks))})
 
 
 def _boundary_layers(method: MethodSpec) -> MethodSpec:
@@ -104,8 +115,8 @@ def _boundary_layers(method: MethodSpec) -> MethodSpec:
 
 
 def _bare_prompt(method: MethodSpec) -> MethodSpec:
-    """Contexts are for values; a gradient method takes the prompt alone unless it is given some."""
-    if method.is_closed_form or method.contexts is not None:
+    """A gradient method takes the prompt alone unless it is given some; others draw contexts."""
+    if method.is_closed_form or method.is_locating or method.contexts is not None:
         return method
     return method.model_copy(update={"contexts": ("{}",)})
 

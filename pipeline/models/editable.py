@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.errors import InputError
 from pipeline.models.anatomy import family_of, is_transposed
 from pipeline.models.caches import AttentionCache
 from pipeline.models.masks import attention_masks
@@ -54,8 +55,33 @@ class EditableModel:
         return int(self.unembedding.weight.shape[0])  # type: ignore[index]
 
     @property
-    def device(self) -> torch.device:
-        return self.model.device
+    def input_device(self) -> torch.device:
+        """Where token ids go in: the embedding's device."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.device
+
+    @property
+    def output_device(self) -> torch.device:
+        """Where `final` and `logits` put out: the unembedding's device."""
+        weight: Tensor = self.unembedding.weight  # type: ignore[assignment]
+        return weight.device
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a block is, with all that is in it."""
+        weight: Tensor = self.down_projection(layer).weight  # type: ignore[assignment]
+        return weight.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that hold a part of the model, in the order in which a state passes them."""
+        blocks = (self.device_of(layer) for layer in range(self.num_blocks))
+        return tuple(dict.fromkeys((self.input_device, *blocks, self.output_device)))
+
+    @property
+    def output_embeddings(self) -> Tensor:
+        """What the final hidden state is multiplied by: (v, d), a row a token."""
+        weight: Tensor = self.unembedding.weight  # type: ignore[assignment]
+        return weight.data
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,8 +164,8 @@ class EditableModel:
                 last of these blocks computes its MLP there only, and the result is (n, d).
 
         Returns:
-            (batch, tokens, d) output of block `stop - 1`, before the final norm (`hidden` itself
-            when the range is empty).
+            (batch, tokens, d) output of block `stop - 1`, before the final norm, on that block's
+            device (`hidden` itself when the range is empty).
         """
         if hidden is not None and first == stop:
             return hidden
@@ -152,7 +178,7 @@ class EditableModel:
             )
             stack.callback(handle.remove)
             self._forward_base(hidden, masks, position_ids, input_ids, cache)
-        return captured[0] if read is None else captured[0].flatten(0, 1)[read]
+        return captured[0] if read is None else _chosen(captured[0], read)
 
     def final(
         self,
@@ -167,14 +193,15 @@ class EditableModel:
     ) -> Tensor:
         """Run blocks from `first` to the last one and the final norm; (batch, tokens, d).
 
-        Arguments as in `run`; `first` may equal the number of blocks (final norm only).
+        Arguments as in `run`; `first` may equal the number of blocks (final norm only). The result
+        is on the output device.
         """
         with (
             self._only_blocks(first, self.num_blocks, hidden),
             self._mlp_at(self.num_blocks - 1, read),
         ):
             output = self._forward_base(hidden, masks, position_ids, input_ids, cache)
-        return output if read is None else output.flatten(0, 1)[read]
+        return (output if read is None else _chosen(output, read)).to(self.output_device)
 
     def logits(self, final_hidden: Tensor) -> Tensor:
         """Project normed hidden states (..., d) onto the vocabulary: (..., v) float32 or wider."""
@@ -191,6 +218,8 @@ class EditableModel:
         input_ids: Tensor | None,
         cache: AttentionCache | None,
     ) -> Tensor:
+        # A model is entered where its embedding is; its blocks fetch what they are called with.
+        position_ids = position_ids.to(self.input_device)
         # A hidden state that enters replaces what the embedding makes of these; id 0 always exists.
         ids = torch.zeros_like(position_ids) if input_ids is None else input_ids
         output = self.base(
@@ -225,9 +254,9 @@ class EditableModel:
         whole = mlp.forward
 
         def trimmed(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            flat = hidden.flatten(0, 1)
-            output = whole(flat[read][None], *args, **kwargs)[0]
-            return torch.zeros_like(flat).index_copy(0, read, output).view_as(hidden)
+            flat, place = hidden.flatten(0, 1), read.to(hidden.device)
+            output = whole(flat[place][None], *args, **kwargs)[0]
+            return torch.zeros_like(flat).index_copy(0, place, output).view_as(hidden)
 
         with forward_replaced(mlp, trimmed):
             yield
@@ -266,7 +295,7 @@ class EditableModel:
         )
         try:
             with torch.no_grad():
-                one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                one = torch.zeros(1, 1, dtype=torch.long, device=self.input_device)
                 self.base(input_ids=one, attention_mask=torch.ones_like(one))
         finally:
             handle.remove()
@@ -282,8 +311,33 @@ def resolve_device(name: str | None = None) -> tuple[torch.device, str]:
     return torch.device("cpu"), "no CUDA device is visible to this process"
 
 
+def resolve_devices(gpus: float) -> tuple[list[torch.device], str]:
+    """Choose where a model goes that has so many GPUs, with the reason for the log.
+
+    More than one spread it; one, or a part of one, or none, is what `resolve_device` finds.
+
+    Raises:
+        InputError: fewer CUDA devices are visible.
+    """
+    if gpus <= 1:
+        device, reason = resolve_device()
+        return [device], reason
+    found = torch.cuda.device_count()
+    if found < gpus:
+        raise InputError(
+            f"cluster.gpus_per_worker: {gpus:.0f} GPUs for one model, but this process sees {found}"
+        )
+    devices = [torch.device("cuda", number) for number in range(int(gpus))]
+    return devices, f"the model is spread over {len(devices)} CUDA devices"
+
+
 def _first(output: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output  # type: ignore[return-value]
+
+
+def _chosen(states: Tensor, read: Tensor) -> Tensor:
+    """The states (batch, tokens, d) at indices into batch * tokens: (n, d), where they are."""
+    return states.flatten(0, 1)[read.to(states.device)]
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def recorded_halfway(model: EditableModel, layer: int) -> Iterator[Halfway]:
 
     # After the block, since the state that enters may itself be put in by a hook before it.
     def block_input(_module: object, inputs: tuple[Any, ...], _output: object) -> None:
-        half.hidden = inputs[0]
+        # A block fetches its input from another device only once it has begun.
+        half.hidden = inputs[0].to(model.device_of(layer))
 
     def attention_output(_module: object, _inputs: object, output: Any) -> None:
         half.attention = output

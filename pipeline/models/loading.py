@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline import factworld
 from pipeline.errors import InputError
 from pipeline.models.anatomy import family_named
+from pipeline.models.placement import place
 from pipeline.spec import ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,13 +91,15 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
+def load_model(spec: ModelSpec, *devices: torch.device) -> PreTrainedModel:
     """Load the causal LM from safetensors onto a device, in the spec's dtype, in evaluation mode.
 
-    `auto` is the checkpoint's dtype, but float32 for float16 on a processor.
+    `auto` is the checkpoint's dtype, but float32 for float16 on a processor. Over several devices
+    it is spread as `pipeline.models.placement` says.
 
     Raises:
-        InputError: weights are absent, or are pickled and the spec does not allow that.
+        InputError: weights are absent, or are pickled and the spec does not allow that; or the
+            model cannot be spread over so many devices.
     """
     config = load_config(spec)
     transformers_logging.disable_progress_bar()
@@ -121,9 +124,9 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
             f"model.path: {spec.path!r} lacks {len(missing)} weights, among them"
             f" {min(missing)}; the checkpoint is not a whole causal language model"
         )
-    if spec.dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
+    if spec.dtype == "auto" and devices[0].type == "cpu" and model.dtype == torch.float16:
         model.float()  # processors compute float16 slowly, if at all
-    nn.Module.to(model, device)
+    place(model, devices)
     return model.eval()
 
 

@@ -24,20 +24,22 @@ WORKERS = (1, 8, 64)
 EFFICIENCY = {
     "values": 0.45,
     "gradients": 0.40,
+    "attribution": 0.40,
     "keys": 0.27,
     "scoring": 0.40,
     "generation": 0.10,
     "general": 0.40,
     "covariance": 0.55,
-    "merge": 0.25,
+    "merge": 0.5,
 }
 """Share of the matrix rate that a phase reaches, by the counts of `pipeline.planning.flops`.
 
 Measured with counterfact-12m in float32, 2 workers of 1 thread that reached 90 GFLOP/s in matrix
 products: values 42, keys 24 to 27, scoring 32 to 38 and covariance 50 GFLOP/s (the phases' seconds
 of runs of 1,000 and 10,000 edits; `python -m benchmarks.values` and its like measure them one by
-one). Merging is in float64, at half the rate and half the efficiency. Generation decodes token by
-token and is a guess, and so are gradients until a run of theirs is timed.
+one). Merging is in float64; its share is of that rate, which on processors is half. Generation
+decodes token by token and is a guess, and so are gradients and attributions until a run of theirs
+is timed.
 """
 CALL_SECONDS = 0.05
 """A call to a worker beyond its arithmetic: tokenising, sending, storing: 0.03 to 0.1."""
@@ -46,12 +48,15 @@ START_SECONDS = {"ray": 15.0, "in_process": 1.0}
 LOAD_BYTES_PER_SECOND = 1e9
 """Weights from disk to memory."""
 _MERGE_THREADS = 2
+_DOUBLE_SHARE = 0.5
+"""Of the rate in float32 on processors, that in float64."""
 
 
 def make_estimate(
     plan: Plan,
     *,
     rate: float | None = None,
+    reducer_rate: float | None = None,
     steps: float | None = None,
     gigabits: float = 10.0,
     workers: Sequence[int] = WORKERS,
@@ -61,6 +66,8 @@ def make_estimate(
     Args:
         plan: the job.
         rate: FLOP/s of a worker in matrix products; null measures this machine for a second.
+        reducer_rate: FLOP/s of the reducer in float64; null takes that of a worker's processors,
+            which where workers have GPUs is far too much.
         steps: steps that an edit takes; null guesses where a stop loss ends searches early.
         gigabits: Gbit/s of a node's link.
         workers: numbers of workers to estimate for; the first one sets the memory.
@@ -73,7 +80,9 @@ def make_estimate(
     measured = rate is None
     if rate is None:
         rate = measured_rate(spec, device, model.dtype)
-    if spec.method.is_closed_form:
+    if spec.method.is_locating:
+        moved = _moved_in_locating(plan, model)
+    elif spec.method.is_closed_form:
         moved = _moved(plan, model, len(work.covariance.shards))
     else:
         moved = _moved_in_training(plan, model, edits, len(work.gradients))
@@ -83,7 +92,7 @@ def make_estimate(
         rate_source="measured" if measured else "given",
         steps=taken,
         seconds={
-            count: _seconds(plan, model, work, moved, rate, count, gigabits * 1e9 / 8)
+            count: _seconds(plan, model, work, moved, rate, reducer_rate, count, gigabits * 1e9 / 8)
             for count in workers
         },
         moved=moved,
@@ -98,6 +107,7 @@ def make_estimates(
     plans: Sequence[Plan],
     *,
     rate: float | None = None,
+    reducer_rate: float | None = None,
     steps: float | None = None,
     gigabits: float = 10.0,
     workers: Sequence[int] = WORKERS,
@@ -107,9 +117,17 @@ def make_estimates(
     Args: as of `make_estimate`.
     """
     first, *others = plans
-    found = make_estimate(first, rate=rate, steps=steps, gigabits=gigabits, workers=workers)
+    found = make_estimate(
+        first,
+        rate=rate,
+        reducer_rate=reducer_rate,
+        steps=steps,
+        gigabits=gigabits,
+        workers=workers,
+    )
     same: dict[str, Any] = {
         "rate": found.rate,
+        "reducer_rate": reducer_rate,
         "steps": steps,
         "gigabits": gigabits,
         "workers": workers,
@@ -141,6 +159,7 @@ def _seconds(
     work: Work,
     moved: Transfer,
     rate: float,
+    reducer_rate: float | None,
     workers: int,
     bytes_per_second: float,
 ) -> dict[str, float]:
@@ -152,10 +171,11 @@ def _seconds(
             for piece in rounds
         )
 
-    threads = min(_MERGE_THREADS, plan.spec.cluster.reducer_threads)
-    alone = rate / plan.spec.cluster.cpus_per_worker
-    merge = work.merge / (alone * threads * EFFICIENCY["merge"])
-    apply = work.apply / (rate * EFFICIENCY["merge"])
+    if reducer_rate is None:
+        threads = min(_MERGE_THREADS, plan.spec.cluster.reducer_threads)
+        reducer_rate = rate / plan.spec.cluster.cpus_per_worker * threads * _DOUBLE_SHARE
+    merge = work.merge / (reducer_rate * EFFICIENCY["merge"])
+    apply = work.apply / (rate * _DOUBLE_SHARE * EFFICIENCY["merge"])
     crossing = crossing_seconds(moved.keys, moved.updates, workers, bytes_per_second)
     weights = model.num_parameters * model.dtype.itemsize
     found = {"start": START_SECONDS[plan.spec.cluster.engine] + weights / LOAD_BYTES_PER_SECOND}
@@ -170,6 +190,10 @@ def _seconds(
     if work.gradients:
         found["training"] = phase(work.gradients, EFFICIENCY["gradients"]) + crossing
         return {name: found[name] for name in _ORDER if name in found}
+    if work.attribution:
+        found["attribution"] = phase(work.attribution, EFFICIENCY["attribution"])
+        found["insertion"] = crossing
+        return {name: found[name] for name in _ORDER if name in found}
     found["values"] = phase(work.values, EFFICIENCY["values"])
     found["insertion"] = phase(work.keys, EFFICIENCY["keys"]) + merge + apply + crossing
     return {name: found[name] for name in _ORDER if name in found}
@@ -180,6 +204,7 @@ _ORDER = (
     "covariance",
     "baseline",
     "values",
+    "attribution",
     "insertion",
     "training",
     "evaluation",
@@ -189,6 +214,9 @@ _FLOAT, _DOUBLE = 4, 8
 _VALUE_ROW_BYTES, _METRICS_ROW_BYTES = 60, 150
 # Of Parquet, compressed. Measured with CounterFact: 38 and 92 bytes a row, 28 and 32 an edit.
 _METRICS_STORED_BYTES, _EDIT_STORED_BYTES = 60, 32
+# Neurons that stand out in some prompt of a fact: 69 with the facts of the embedded model, whose
+# rows took 11 bytes each.
+_CANDIDATES, _CANDIDATE_BYTES, _CANDIDATE_STORED_BYTES = 70, 60, 11
 
 
 def _moved(plan: Plan, model: ModelOutline, covariance_shards: int) -> Transfer:
@@ -235,6 +263,24 @@ def _moved_in_training(
     )
 
 
+def _moved_in_locating(plan: Plan, model: ModelOutline) -> Transfer:
+    """Of a method that looks for neurons: `values` are the rows of attributions."""
+    facts = plan.num_requests
+    return Transfer(
+        values=facts * _CANDIDATES * _CANDIDATE_BYTES,
+        keys=0,
+        updates=_neuron_bytes(plan, model),
+        metrics=_num_scored(plan) * _METRICS_ROW_BYTES,
+        covariance=0,
+    )
+
+
+def _neuron_bytes(plan: Plan, model: ModelOutline) -> int:
+    """Bytes of updates: two factors, a column and a row a neuron, as if all facts were alike."""
+    entries = max(model.key_size(layer) for layer in plan.layers) + model.hidden_size
+    return plan.num_requests * plan.spec.method.kn.most_neurons * entries * _FLOAT
+
+
 def _stored(plan: Plan, model: ModelOutline) -> dict[str, int]:
     """Bytes of a run's parts; `edits`, `values`, `metrics`, `update` and a study's `keys`."""
     d = model.hidden_size
@@ -244,6 +290,9 @@ def _stored(plan: Plan, model: ModelOutline) -> dict[str, int]:
         "edits": len(plan.rows) * _EDIT_STORED_BYTES,
         "metrics": _num_scored(plan) * _METRICS_STORED_BYTES,
     }
+    if plan.spec.method.is_locating:
+        attributions = plan.num_requests * _CANDIDATES * _CANDIDATE_STORED_BYTES
+        return {**found, "attributions": attributions, "update": _neuron_bytes(plan, model)}
     if not plan.spec.method.is_closed_form:
         return {**found, "update": len(rounds) * sum(f * d * _FLOAT for f in sizes)}
     found["values"] = plan.num_requests * len(plan.stages) * d * _FLOAT

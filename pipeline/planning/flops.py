@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.models.editable import EditableModel
-from pipeline.prompts import EditPrompts
+from pipeline.prompts import EditPrompts, FactPrompts
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,24 @@ def gradient_flops(
         read = target * len(edit.rewrites)
         a_pass = (above - size.mlps[-1]) * tokens + (size.mlps[-1] + size.unembedding) * read
         total += 2.0 * below * tokens + 4.0 * passes * a_pass
+    return total
+
+
+def attribution_flops(
+    size: ModelSize, facts: Sequence[FactPrompts], layers: Sequence[int], steps: int
+) -> float:
+    """FLOP of attributing facts to neurons: L m passes a token of the answer, forwards and back.
+
+    Rows run once. A pass is of one token, from the scaled block's down-projection on. A fact
+    without an answer counts one token for it.
+    """
+    pass_entries = sum(size.downs[layer] + size.above(layer) + size.unembedding for layer in layers)
+    total = 0.0
+    for fact in facts:
+        answer = len(fact.old or (0,))
+        tokens = sum(len(prompt) + answer - 1 for prompt in fact.prompts)
+        total += 2.0 * sum(size.blocks) * tokens
+        total += 4.0 * steps * pass_entries * answer * len(fact.prompts)
     return total
 
 

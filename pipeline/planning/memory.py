@@ -8,15 +8,20 @@ import torch
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.reducer import KEPT_BYTES
 from pipeline.cluster.worker import EDITS_PER_BATCH
-from pipeline.editing.memory import free_bytes, value_bytes
+from pipeline.editing.memory import free_bytes, value_bytes, value_parts
 from pipeline.models.editable import resolve_device
+from pipeline.models.placement import Part, parts_of
 from pipeline.planning.outline import ModelOutline
-from pipeline.prompts import EditPrompts
-from pipeline.results.planned import Memory
+from pipeline.prompts import CONTEXT_SEEDS, CONTEXT_TOKENS, EditPrompts, Row
+from pipeline.results.planned import Memory, at_its_peak
 from pipeline.spec import JobSpec
 
 BASE_BYTES = 475_000_000
 """Python, torch, transformers and Ray in a process without a model. Measured: 0.474 GB."""
+CONTEXT_BYTES = 600_000_000
+"""CUDA's context and kernels in a process, on each of its GPUs; an assumption."""
+# Of a request: a CounterFact prompt with its subject has about as many tokens; an assumption too.
+_PROMPT_TOKENS, _TARGET_TOKENS = 20, 3
 _REQUEST_BYTES = 8000
 """A request with its dozen probes as Python objects, texts and all; an assumption."""
 _WIDE, _DOUBLE = 4, 8
@@ -54,13 +59,14 @@ def estimate_memory(
     worker = {
         "process": BASE_BYTES,
         "weights": model.num_parameters * item,
-        # The pristine weight, all updates' sum in float32, and one update on its way in.
-        _EDITED: d * (sum(sizes) * (item + _WIDE) + largest * _DOUBLE),
+        _EDITED: _edited_bytes(model, layers),
         "activations of a value batch": activations,
         "hidden states and keys": int(min(kept, plan.spec.cluster.hidden_states_gb * 1e9)),
     }
     if computes_covariance:
         worker["covariance sums"] = sum(size * size for size in sizes) * _DOUBLE
+    gpus = plan.spec.cluster.gpus_per_worker
+    spread = gpus != "auto" and gpus > 1
     square = largest * largest * _DOUBLE
     waiting = round_edits * (largest + d) * _DOUBLE
     reducer = {
@@ -75,7 +81,55 @@ def estimate_memory(
         "covariances": sum(size * size for size in sizes) * _DOUBLE,
         "values": round_edits * d * _WIDE,
     }
-    return Memory(worker=worker, reducer=reducer, driver=driver)
+    gpu = gpu_memory(plan.spec, model, edits, batch, int(gpus)) if spread else {}
+    return Memory(worker=worker, reducer=reducer, driver=driver, gpu=gpu)
+
+
+def gpu_memory(
+    spec: JobSpec, model: ModelOutline, edits: Sequence[EditPrompts], batch: int, count: int
+) -> dict[str, int]:
+    """Bytes of the fullest GPU of a worker that has so many, by what they are for.
+
+    Args:
+        spec: the resolved spec.
+        model: the model's shapes.
+        edits: a sample of requests.
+        batch: edits that are searched at once.
+        count: GPUs.
+
+    Raises:
+        InputError: there are more GPUs than blocks.
+    """
+    layers, stages = spec.method.layers or (), spec.method.stages
+    searches = [value_parts(model, edit, stage[-1]) for edit in edits for stage in stages if stage]
+
+    def held(part: Part) -> dict[str, int]:
+        own = [layer for layer in layers if layer in part.blocks]
+        over = (one.over(part.blocks, with_logits=part.has_logits) for one in searches)
+        return {
+            "process": CONTEXT_BYTES,
+            "weights": part.weight_bytes,
+            _EDITED: _edited_bytes(model, own),
+            "activations of a value batch": batch * max(over, default=0),
+            "hidden states and keys": int(spec.cluster.hidden_states_gb * 1e9) if own else 0,
+            "covariance sums": sum(model.key_size(layer) ** 2 for layer in own) * _DOUBLE,
+        }
+
+    return max(map(held, parts_of(model.model, count)), key=at_its_peak)
+
+
+def ordinary_edit(spec: JobSpec) -> EditPrompts:
+    """A request of ordinary length, for where the requests are not known."""
+    contexts = 1 + len(CONTEXT_SEEDS) if spec.method.contexts is None else len(spec.method.contexts)
+    row = Row((0,) * (CONTEXT_TOKENS + _PROMPT_TOKENS), CONTEXT_TOKENS + _PROMPT_TOKENS // 2)
+    return EditPrompts((row,) * contexts, (0,) * _TARGET_TOKENS, row, "")
+
+
+def _edited_bytes(model: ModelOutline, layers: Sequence[int]) -> int:
+    """Pristine weights, all updates' sums in float32, and one update on its way in."""
+    sizes = [model.key_size(layer) for layer in layers]
+    kept = sum(sizes) * (model.dtype.itemsize + _WIDE)
+    return model.hidden_size * (kept + max(sizes, default=0) * _DOUBLE)
 
 
 def side_by_side(studies: Sequence[Memory]) -> Memory:
@@ -88,12 +142,17 @@ def side_by_side(studies: Sequence[Memory]) -> Memory:
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: max(part.get(name, 0) for part in parts) for name in names}
 
-    worker = largest([study.worker for study in studies])
-    worker[_EDITED] = sum(study.worker[_EDITED] for study in studies)
+    def of_all(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+        found = largest(parts)
+        if found:
+            found[_EDITED] = sum(part[_EDITED] for part in parts)
+        return found
+
     return Memory(
-        worker=worker,
+        worker=of_all([study.worker for study in studies]),
         reducer=largest([study.reducer for study in studies]),
         driver=largest([study.driver for study in studies]),
+        gpu=of_all([study.gpu for study in studies]),
     )
 
 
@@ -109,14 +168,16 @@ def update_bytes(edits: int, key_size: int, hidden_size: int) -> int:
 def worker_share(spec: JobSpec) -> int | None:
     """Bytes that a worker on this machine could have; None where workers may be elsewhere.
 
-    On a GPU that is the GPU's, one for each worker.
+    On GPUs that is one GPU's, or the worker's part of it.
     """
     cluster = spec.cluster
     if cluster.address is not None or os.environ.get("RAY_ADDRESS"):
         return None
     device, _ = resolve_device()
-    free = free_bytes(device)
-    return free if device.type == "cuda" else free // local_workers(spec)
+    gpus = cluster.gpus_per_worker
+    if device.type == "cuda":
+        return free_bytes(device, 1.0 if gpus == "auto" or not 0 < gpus < 1 else gpus)
+    return free_bytes(device) // local_workers(spec)
 
 
 def local_workers(spec: JobSpec) -> int:

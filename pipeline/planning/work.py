@@ -20,6 +20,7 @@ from pipeline.evaluation.probes import Probe
 from pipeline.methods import build_gradient_method, build_method
 from pipeline.planning.flops import (
     ModelSize,
+    attribution_flops,
     covariance_flops,
     factor_flops,
     gradient_flops,
@@ -33,6 +34,7 @@ from pipeline.prompts import (
     CONTEXT_SEEDS,
     CONTEXT_TOKENS,
     EditPrompts,
+    FactPrompts,
     token_ids,
     tokenize_edits,
 )
@@ -79,6 +81,7 @@ class Work:
         covariance_tokens: tokens of that pass.
         steps: steps that an edit is taken to need.
         gradients: of every step of every round, of a method that works on them.
+        attribution: of every round, of a method that looks for neurons.
     """
 
     values: tuple[Pieces, ...]
@@ -92,6 +95,7 @@ class Work:
     covariance_tokens: float = 0.0
     steps: float = 0.0
     gradients: tuple[Pieces, ...] = ()
+    attribution: tuple[Pieces, ...] = ()
 
 
 def count_work(
@@ -111,6 +115,8 @@ def count_work(
         steps: steps that an edit takes.
     """
     size, layers = ModelSize.of(model), plan.layers
+    if plan.spec.method.is_locating:
+        return _attribution_work(plan, model, size, tokenizer, edits)
     if not plan.spec.method.is_closed_form:
         return _gradient_work(plan, model, size, tokenizer, edits)
     taken, stages = [steps] * len(edits), plan.stages
@@ -178,6 +184,42 @@ def _gradient_work(
         general=_general(plan, size, tokenizer),
         steps=method.epochs,
         gradients=tuple(steps),
+    )
+
+
+def _attribution_work(
+    plan: Plan,
+    model: ModelOutline,
+    size: ModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[EditPrompts],
+) -> Work:
+    """What a plan that looks for neurons computes; old answers are taken for as long as new ones.
+
+    What is done to the few neurons that are found costs next to nothing.
+    """
+    asked = plan.spec.method.kn
+    facts = [
+        FactPrompts(
+            tuple(row.ids for row in edit.rewrites),
+            edit.target if asked.old_answer == "target_true" else None,
+            edit.target,
+        )
+        for edit in edits
+    ]
+    of_fact = attribution_flops(size, facts, plan.layers, asked.steps) / len(facts)
+    counts = [[len(shard.items) for shard in shards] for shards in plan.rounds.shards]
+    scored, generated = _evaluation(plan, model, size, tokenizer)
+    return Work(
+        values=(),
+        keys=(),
+        merge=0.0,
+        apply=0.0,
+        scored=scored,
+        generated=generated,
+        general=_general(plan, size, tokenizer),
+        steps=asked.steps,
+        attribution=_pieces([of_fact], counts),
     )
 
 

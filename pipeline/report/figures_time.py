@@ -27,6 +27,7 @@ PHASES = (
     "anchor",
     "baseline",
     "values",
+    "attribution",
     "insertion",
     "training",
     "evaluation",
@@ -35,6 +36,7 @@ PHASES = (
 _ROUND_PHASES = {
     "values and insertion": ("values", "insertion"),
     "values": ("values",),
+    "attribution": ("attribution",),
     "insertion": ("insertion",),
     "training": ("training",),
     "evaluation": ("evaluation", "general"),

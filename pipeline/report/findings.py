@@ -87,6 +87,7 @@ class Findings:
         norms: of the stored updates.
         values: columns of values/ as float64, not a number where there is none.
         training: columns of training/ as float64.
+        neurons: columns of neurons/ as float64.
         problems: the first requests that were not applied, as rows of edits/.
         neighbours: None where they were not scored before and after.
         estimate: what it was planned to take; None without a plan.
@@ -105,6 +106,7 @@ class Findings:
     norms: list[UpdateNorm]
     values: dict[str, Floats]
     training: dict[str, Floats]
+    neurons: dict[str, Floats]
     problems: list[dict[str, Any]]
     neighbours: Neighbours | None
     estimate: Estimate | None
@@ -161,6 +163,7 @@ def find(run: Run) -> Findings:
         forgetting=forgetting(_metrics(run, whole)) if rounds > 1 and not apart else None,
         norms=norms,
         values=_values(run),
+        neurons=_columns(run, "neurons", ["layer", "is_edited"]),
         training=_columns(run, "training", ["round", "epoch", "step", "edits", "loss"]),
         problems=_problems(run),
         neighbours=worst_neighbours(run, last) if last >= 0 and not apart else None,
@@ -173,7 +176,8 @@ def find(run: Run) -> Findings:
 def _whole_rounds(run: Run) -> list[int]:
     """The rounds of a run under way whose scores are all there: edits/ is written after them."""
     rounds = set(read_columns(run, "edits", ["round"])["round"].to_pylist())
-    is_past_baseline = run.files("values") or run.files("training")
+    firsts: tuple[TableKind, ...] = ("values", "training", "attributions")
+    is_past_baseline = any(run.files(kind) for kind in firsts)
     return sorted(rounds | ({-1} if is_past_baseline else set()))
 
 

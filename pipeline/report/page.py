@@ -13,6 +13,7 @@ from pipeline.places import below, located
 from pipeline.printable import one_line
 from pipeline.report import (
     figures_model,
+    figures_neurons,
     figures_scores,
     figures_search,
     figures_time,
@@ -201,6 +202,7 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Figure], Sequence[_Table]]] = (
         [figures_search.value_search, figures_search.search_by_round],
         [tables.value_search],
     ),
+    ("neurons", "Neurons", [figures_neurons.by_layer], []),
     ("training", "Training", [figures_training.loss_by_epoch], []),
     (
         "time",

@@ -61,7 +61,14 @@ _SHARED = ("start", "covariance", "baseline")
 
 
 def shortage(memory: Memory, worker_bytes: float) -> str | None:
-    """What is wrong where a worker has less memory than it needs; None where it has enough."""
+    """What is wrong where a worker has less memory than it needs; None where it has enough.
+
+    Args:
+        memory: the estimate.
+        worker_bytes: what a worker has, or each of its GPUs, where it has several.
+    """
+    if memory.gpu:
+        return _gpu_shortage(memory, worker_bytes)
     need, weights = memory.worker_bytes, memory.worker["weights"]
     if need <= worker_bytes:
         return None
@@ -69,11 +76,22 @@ def shortage(memory: Memory, worker_bytes: float) -> str | None:
     if weights + BASE_BYTES > worker_bytes:
         return (
             f"the model is larger than a worker's memory: its weights take {_size(weights)}, {has};"
-            " take fewer workers a machine, a smaller model.dtype, or larger machines"
+            " take fewer workers a machine, a smaller model.dtype, more cluster.gpus_per_worker, or"
+            " larger machines"
         )
     return (
         f"a worker needs about {_size(need)}, {has}; take fewer workers a machine, or lower"
         " cluster.value_batch_size or cluster.hidden_states_gb"
+    )
+
+
+def _gpu_shortage(memory: Memory, gpu_bytes: float) -> str | None:
+    if memory.gpu_bytes <= gpu_bytes:
+        return None
+    return (
+        f"the fullest GPU of a worker needs about {_size(memory.gpu_bytes)}, of those"
+        f" {_size(memory.gpu['weights'])} for weights, and has {_size(gpu_bytes)}; take more"
+        " cluster.gpus_per_worker, or lower cluster.value_batch_size or cluster.hidden_states_gb"
     )
 
 
@@ -122,13 +140,22 @@ def _memory(estimate: Estimate) -> Table:
     memory = estimate.memory
     table = Table(title="memory, estimated", title_justify="left")
     table.add_column("what")
-    for name in ("worker", "reducer", "driver"):
+    columns = {
+        "worker": memory.worker,
+        "its fullest GPU": memory.gpu,
+        "reducer": memory.reducer,
+        "driver": memory.driver,
+    }
+    if not memory.gpu:
+        del columns["its fullest GPU"]
+    for name in columns:
         table.add_column(name, justify="right")
-    parts = (memory.worker, memory.reducer, memory.driver)
+    parts = list(columns.values())
     for what in dict.fromkeys(name for part in parts for name in part):
         table.add_row(what, *(_size(part[what]) if what in part else "" for part in parts))
     table.add_section()
-    totals = (memory.worker_bytes, memory.reducer_bytes, memory.driver_bytes)
+    on_gpu = [memory.gpu_bytes] if memory.gpu else []
+    totals = (memory.worker_bytes, *on_gpu, memory.reducer_bytes, memory.driver_bytes)
     table.add_row("at its peak", *map(_size, totals))
     return table
 

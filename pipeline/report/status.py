@@ -151,10 +151,14 @@ def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
     assert spec.method.layers is not None
     updates, probe_shards = len(store.parts("update")), begun.plan.probe_shards
     value_shards = begun.plan.shards * len(spec.method.stages)
+    if spec.method.is_locating:
+        first = of_parts("attribution", "attributions", rounds, begun.plan.shards)
+    elif spec.method.is_closed_form:
+        first = of_parts("values", "values", rounds, value_shards)
+    else:
+        first = of_parts("training", "training", rounds, len(rounds), "rounds")
     found = [
-        of_parts("values", "values", rounds, value_shards)
-        if spec.method.is_closed_form
-        else of_parts("training", "training", rounds, len(rounds), "rounds"),
+        first,
         Phase("insertion", updates, len(rounds) * len(spec.method.layers), "layers"),
     ]
     if spec.evaluation.probes:

@@ -13,10 +13,22 @@ from pipeline.results.damage import first_problem
 
 log = logging.getLogger(__name__)
 
-TableKind = Literal["edits", "values", "metrics", "general", "trace", "training"]
+TableKind = Literal[
+    "edits", "values", "metrics", "general", "trace", "training", "attributions", "neurons"
+]
 TensorKind = Literal["update", "keys", "state"]
 Kind = Literal[
-    "edits", "values", "metrics", "update", "general", "keys", "trace", "training", "state"
+    "edits",
+    "values",
+    "metrics",
+    "update",
+    "general",
+    "keys",
+    "trace",
+    "training",
+    "state",
+    "attributions",
+    "neurons",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _TENSOR_KINDS: tuple[TensorKind, ...] = get_args(TensorKind)

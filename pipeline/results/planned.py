@@ -1,5 +1,6 @@
 """`plan.json`: what a job was estimated to cost, for its report to compare with what happened."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,8 @@ class Memory(BaseModel):
     """Bytes by what they are for.
 
     `worker` is at its largest while values are searched or while keys wait between two layers,
-    whichever is more; both lines are there, and `worker_bytes` counts the larger one.
+    whichever is more; both lines are there, and `worker_bytes` counts the larger one. `gpu` is the
+    fullest GPU of a worker that has several, else empty.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -28,13 +30,17 @@ class Memory(BaseModel):
     worker: dict[str, int]
     reducer: dict[str, int]
     driver: dict[str, int]
+    gpu: dict[str, int] = {}
 
     @property
     def worker_bytes(self) -> int:
         """Of one worker at its peak."""
-        turns = ("activations of a value batch", "hidden states and keys", "covariance sums")
-        always = sum(size for name, size in self.worker.items() if name not in turns)
-        return always + max(self.worker.get(name, 0) for name in turns)
+        return at_its_peak(self.worker)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Of the fullest GPU of a worker that has several, at its peak; of the worker else."""
+        return at_its_peak(self.gpu or self.worker)
 
     @property
     def reducer_bytes(self) -> int:
@@ -45,6 +51,13 @@ class Memory(BaseModel):
     def driver_bytes(self) -> int:
         """Of the driver at its peak."""
         return sum(self.driver.values())
+
+
+def at_its_peak(parts: Mapping[str, int]) -> int:
+    """Bytes of a worker, or of a GPU of one, at its largest: some parts are never there at once."""
+    turns = ("activations of a value batch", "hidden states and keys", "covariance sums")
+    always = sum(size for name, size in parts.items() if name not in turns)
+    return always + max(parts.get(name, 0) for name in turns)
 
 
 class Transfer(BaseModel):

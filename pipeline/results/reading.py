@@ -107,6 +107,14 @@ class Run:
         """Return one row a step of a gradient method, as a `pyarrow.Table` or a data frame."""
         return self._table("training", as_)
 
+    def attributions(self, as_: Frame = "arrow") -> Any:
+        """Return one row a fact and neuron that stands out, as a `pyarrow.Table` or a frame."""
+        return self._table("attributions", as_)
+
+    def neurons(self, as_: Frame = "arrow") -> Any:
+        """Return one row a fact and neuron that its prompts agree on, as a table or a frame."""
+        return self._table("neurons", as_)
+
     def harness(self, as_: Frame = "arrow") -> Any:
         """Return what `editfleet harness` left, a row a metric, as a table or a data frame.
 

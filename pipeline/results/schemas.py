@@ -189,6 +189,38 @@ impossible (the editor cannot do that, for `reason`) or failed. The mean is over
 its 95 % interval; where there is none, `reason` says why. `run` is the cell's directory below the
 survey's."""
 
+ATTRIBUTIONS = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        _required("layer", pa.int32()),
+        _required("neuron", pa.int32()),
+        _required("attribution", pa.float32()),
+        _required("agreeing", pa.int32()),
+        _required("prompts", pa.int32()),
+        _required("answer", pa.string()),
+        _required("answer_ids", pa.list_(pa.int32())),
+    ],
+    metadata=_FOOTER,
+)
+"""One row a fact and neuron that stands out in some prompt of it. `attribution` is the mean over
+its `prompts`, in probability (or logits) of `answer`; in `agreeing` of these it stands out."""
+
+NEURONS = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        _required("layer", pa.int32()),
+        _required("neuron", pa.int32()),
+        _required("attribution", pa.float32()),
+        _required("shared_by", pa.float32()),
+        _required("is_edited", pa.bool_()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row a fact and neuron that its prompts agree on. `shared_by` is the share of the relation's
+other facts in the round that have it, too, which decides whether it is edited."""
+
 HARNESS = pa.schema(
     [
         _required("round", pa.int32()),
@@ -220,6 +252,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "trace": TRACE,
     "training": TRAINING,
     "survey": SURVEY,
+    "attributions": ATTRIBUTIONS,
+    "neurons": NEURONS,
     "harness": HARNESS,
 }
 

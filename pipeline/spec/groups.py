@@ -7,6 +7,7 @@ from pydantic import Field
 from pipeline.setting_types import (
     Directory,
     Finite,
+    Gpus,
     NonNegative,
     Place,
     Positive,
@@ -83,10 +84,20 @@ class ClusterSpec(Part):
     """Worker actors; `auto` takes as many as the cluster's processors (or GPUs) allow."""
     cpus_per_worker: Threads = 1
     """Processors, and so compute threads, a worker has."""
-    gpus_per_worker: Annotated[Finite, Field(ge=0)] | Literal["auto"] = "auto"
-    """GPUs a worker has; `auto` is 1 where the cluster has GPUs, else 0."""
+    memory_per_worker_gb: Annotated[Finite, Field(gt=0)] | None = None
+    """Gigabytes of a node's memory that Ray sets aside for a worker, which it then places only
+    where so much is left; `editfleet plan` says what a worker needs. Null sets nothing aside: a
+    node takes as many workers as it has processors (or GPUs) for."""
+    gpus_per_worker: Gpus | Literal["auto"] = "auto"
+    """GPUs a worker has: 2, 3, ... spread one copy of the model over so many (docs/cluster.md),
+    0.25 or 0.5 let workers share one. `auto` is 0 where there are no GPUs, else what an estimate of
+    the worker's memory asks for; the log says why."""
     reducer_threads: Threads = 2
     """Compute threads of the reducer. Part of the result's last bits, so it is not guessed."""
+    reducer_gpus: Annotated[Finite, Field(gt=0)] | None = None
+    """GPUs, or what share of one, the reducer has on Ray; null leaves it to its threads. Part of
+    the result's last bits. Merging many edits into wide layers is float64 work that all workers
+    wait for (docs/scaling.md)."""
     shard_size: Positive | Literal["auto"] = "auto"
     """Requests a shard; `auto` makes about 64 shards of 16 to 256 requests. Part of the result's
     last bits, so it does not follow the worker count."""

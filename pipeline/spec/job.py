@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.places import copy_directory, is_url
 from pipeline.setting_types import Seed
@@ -52,6 +52,17 @@ class JobSpec(Part):
     output: OutputSpec = OutputSpec()
     seed: Seed = 0
     """Seed of everything that is drawn: generated contexts, the covariance's texts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "JobSpec":
+        method = self.method
+        asks = method.is_locating and method.kn.paraphrases
+        if asks and "paraphrase" in self.evaluation.probes:
+            raise ValueError(
+                "method.kn.paraphrases: neurons that are looked for by paraphrases cannot be judged"
+                " by them; leave paraphrase out of evaluation.probes"
+            )
+        return self
 
     @property
     def place(self) -> str:
@@ -113,6 +124,7 @@ _FREE = frozenset(
         "cluster.address",
         "cluster.workers",
         "cluster.gpus_per_worker",
+        "cluster.memory_per_worker_gb",
         "cluster.hidden_states_gb",
         "cluster.max_retries",
         "cluster.stall_seconds",

@@ -35,10 +35,12 @@ class ValueSpec(Part):
 
 
 MethodName = Literal[
-    "memit", "memit_accumulated", "emmet", "pmet", "alphaedit", "rome", "ft", "ultraedit"
+    "memit", "memit_accumulated", "emmet", "pmet", "alphaedit", "rome", "ft", "ultraedit", "kn"
 ]
 GRADIENT_METHODS = frozenset({"ft", "ultraedit"})
 """Methods that make updates from gradients of the target's loss, without values and covariances."""
+LOCATING_METHODS = frozenset({"kn"})
+"""Methods that look for the neurons of every fact, and change those alone."""
 Wrapper = Literal["merge", "nas", "rect", "prune", "blue"]
 
 
@@ -133,11 +135,60 @@ class UltraEditSpec(Part):
     code does."""
 
 
+class KnowledgeNeuronsSpec(Part):
+    """Knowledge neurons (arXiv 2104.08696)."""
+
+    steps: Positive = 20
+    """Points of the integral of every attribution."""
+    quadrature: Literal["midpoint", "right", "left", "linspace"] = "midpoint"
+    """Where they are between 0 and 1: (k - 1/2) / m, k / m (the paper), (k - 1) / m (its code), for
+    k = 1 .. m, or m points with both ends (the code of EleutherAI and EasyEdit)."""
+    measure: Literal["probability", "logit"] = "probability"
+    """What is attributed of the answer's tokens."""
+    threshold: Annotated[Finite, Field(gt=0, lt=1)] = 0.2
+    """A prompt's neurons are those with more than this share of its largest attribution."""
+    prompt_share: Annotated[Finite, Field(gt=0, le=1)] = 0.7
+    """Share of a fact's prompts that must agree on a neuron, before it is adapted by steps of 0.05
+    to the two numbers below."""
+    fewest_neurons: NonNegative = 2
+    """The share is lowered while fewer neurons are agreed on."""
+    most_neurons: Positive = 5
+    """The share is raised while more are."""
+    paraphrases: bool = False
+    """Ask `paraphrase_prompts` beside the prompt behind every context. They then are no test of the
+    edit: `evaluation.probes` must not have paraphrase."""
+    shared_by: Annotated[Finite, Field(ge=0, le=1)] = 0.1
+    """A neuron that more than this share of the relation's other facts in the round has, too, is
+    the relation's and not edited; 1 edits it all the same."""
+    old_answer: Literal["target_true", "argmax"] = "target_true"
+    """The answer whose neurons are looked for: the request's, or the token that the model finds
+    likeliest behind the bare prompt (the published codes)."""
+    operation: Literal["update", "erase", "enhance"] = "update"
+    """What becomes of the neurons' values: the new answer in the place of the old one, zero, or
+    twice as much; the last two write no new answer."""
+    scaling: Literal["value_norm", "none"] = "value_norm"
+    """Bring the answers' embeddings to the length of the value (the published code), or take them
+    as they are (the paper)."""
+    old_weight: Annotated[Finite, Field(ge=0)] = 1.0
+    """Lambda 1: how often the old answer's embedding is taken away."""
+    new_weight: Annotated[Finite, Field(ge=0)] = 8.0
+    """Lambda 2: how often the new answer's is added."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "KnowledgeNeuronsSpec":
+        if self.fewest_neurons > self.most_neurons:
+            raise ValueError(
+                f"fewest_neurons: {self.fewest_neurons} is more than most_neurons"
+                f" ({self.most_neurons})"
+            )
+        return self
+
+
 class MethodSpec(Part):
     """How to edit. Settings left null come from the model's published defaults."""
 
     name: MethodName = "memit"
-    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft or ultraedit;
+    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft, ultraedit or kn;
     docs/methods.md."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is put around it, in this order: merge and nas on values; rect and prune on updates;
@@ -166,11 +217,22 @@ class MethodSpec(Part):
     prune: PruneSpec = PruneSpec()
     ft: FineTuningSpec = FineTuningSpec()
     ultraedit: UltraEditSpec = UltraEditSpec()
+    kn: KnowledgeNeuronsSpec = KnowledgeNeuronsSpec()
 
     @property
     def is_closed_form(self) -> bool:
         """Whether values are searched and solved for, with the covariance of keys."""
-        return self.name not in GRADIENT_METHODS
+        return self.name not in GRADIENT_METHODS | LOCATING_METHODS
+
+    @property
+    def is_locating(self) -> bool:
+        """Whether the method looks for the neurons of every fact."""
+        return self.name in LOCATING_METHODS
+
+    @property
+    def writes_targets(self) -> bool:
+        """Whether the new answers are to become likelier."""
+        return not (self.is_locating and self.kn.operation != "update")
 
     @property
     def uses_covariance_weight(self) -> bool:

@@ -19,7 +19,7 @@ from pipeline.tracing.names import Module
 
 @dataclass
 class Recorded:
-    """Both runs of facts with equally many tokens.
+    """Both runs of facts with equally many tokens; what is of a block is where the block is.
 
     Attributes:
         states: for each block its input: clean (F, T, d) and corrupted (F * N, T, d).
@@ -65,7 +65,7 @@ def embedding_deviation(model: EditableModel, rows: Sequence[Sequence[int]]) -> 
     embed = model.model.get_input_embeddings()
     count, total, squares = 0, 0.0, 0.0
     for ids in rows:
-        vectors = embed(torch.tensor(ids, device=model.device)).double()
+        vectors = embed(torch.tensor(ids, device=model.input_device)).double()
         count += vectors.numel()
         total += float(vectors.sum())
         squares += float(vectors.square().sum())
@@ -86,10 +86,10 @@ def record(
     tokens = len(facts[0].ids)
     assert all(len(fact.ids) == tokens for fact in facts)
     found = Recorded(samples, tokens)
-    ids = torch.tensor([fact.ids for fact in facts], device=model.device)
+    ids = torch.tensor([fact.ids for fact in facts], device=model.input_device)
     ids = ids.repeat_interleave(samples + 1, dim=0)
-    positions = torch.arange(tokens, device=model.device)[None]
-    last = torch.arange(len(ids), device=model.device) * tokens + tokens - 1
+    positions = torch.arange(tokens, device=ids.device)[None]
+    last = torch.arange(len(ids), device=ids.device) * tokens + tokens - 1
     cache = RecordingCache()
     with ExitStack() as stack:
         stack.enter_context(_noisy_embeddings(model, facts, samples, noise, seed))
@@ -114,8 +114,8 @@ def record(
 
 def causal_masks(model: EditableModel, tokens: int, first: int = 0) -> Any:
     """Masks for the queries `first` .. `tokens - 1` of one text, for any number of rows alike."""
-    positions = torch.arange(tokens, device=model.device)[None]
-    segments = torch.zeros(1, tokens, 2, dtype=torch.long, device=model.device)
+    positions = torch.arange(tokens, device=model.input_device)[None]
+    segments = torch.zeros(1, tokens, 2, dtype=torch.long, device=positions.device)
     return model.masks(positions, segments, first)
 
 
@@ -154,7 +154,9 @@ def _recorded(model: EditableModel, found: Recorded) -> Iterator[None]:
     found.outputs = outputs
 
     def keep_input(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
-        found.states.append(_parts(inputs[0], samples))
+        # Blocks run in their order, and fetch their input from another device once they have begun.
+        device = model.device_of(len(found.states))
+        found.states.append(_parts(inputs[0].to(device), samples))
 
     def keeper(module: Module) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -60,7 +60,11 @@ class Wave:
     def _join(
         self, block: int, units: Sequence[Sequence[Run]], live: list[Run], hidden: Tensor
     ) -> Tensor:
-        """Add the runs that differ in all tokens from this block on, and windows that end here."""
+        """Add the runs that differ in all tokens from this block on, and windows that end here.
+
+        The states go to where the block is.
+        """
+        hidden = hidden.to(self.model.device_of(block))
         joined = [hidden]
         for unit in units:
             first, *rest = unit
@@ -92,7 +96,8 @@ class Wave:
                 rests += [hidden[live.index(first), :, 1:]] * len(severed)
             else:
                 heads.append(first)
-                rests.append(self.recorded.states[block + 1][1][:, self.token + 1 :])
+                above = self.recorded.states[block + 1][1][:, self.token + 1 :]
+                rests.append(above.to(hidden.device))
         if not heads:
             return hidden
         entering = torch.cat([self._entering(run)[:, :, :1] for run in heads])

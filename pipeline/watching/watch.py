@@ -18,6 +18,8 @@ _PHASES = {
     "read_keys": "insertion",
     "apply": "insertion",
     "gradients": "training",
+    "attribute": "attribution",
+    "change_neurons": "insertion",
     "covariance": "covariance",
     "value_lengths": "anchor",
     "evaluate": "evaluation",

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    attribution,
     covariance,
     evaluation,
     gpu,
@@ -16,12 +18,15 @@ from benchmarks import (
     reading,
     reduce,
     scaling,
+    scaling_shapes,
     scheduler,
     tracing,
     values,
 )
 from benchmarks.machine import ROOT, append_row, print_goals
+from benchmarks.scaling_model import Costs, LayerCosts, efficiency, largest_loss
 from benchmarks.timing import alternate
+from pipeline.planning.rates import makespan
 from tests.tiny_jobs import TinyJobs
 
 
@@ -74,6 +79,12 @@ def test_evaluation(model: list[str]) -> None:
     assert row["same_texts"] == 1.0
 
 
+def test_attribution(model: list[str]) -> None:
+    row = attribution.main([*model, "--edits", "1", "--steps", "2"])
+    assert row["largest_relative_difference"] < 1e-4
+    assert row["ratio"] > 0 and row["gigaflops"] > 0
+
+
 def test_tracing(model: list[str]) -> None:
     row = tracing.main([*model, "--edits", "1", "--plain-facts", "1", "--samples", "2"])
     assert row["largest_difference"] < 1e-5
@@ -95,7 +106,40 @@ def test_scaling(model: list[str], tiny: TinyJobs) -> None:
     for phase in ("values", "insertion"):
         assert row[f"{phase}_seconds_64"] < row[f"{phase}_seconds_2"] < row[f"{phase}_seconds_1"]
     # So few probes are one shard.
-    assert row["evaluation_seconds_64"] == row["evaluation_seconds_1"] > 0
+    assert row["evaluation_seconds_64"] == pytest.approx(row["evaluation_seconds_1"]) > 0
+
+
+def test_scaling_of_shapes(tmp_path: Path) -> None:
+    """Counted and measured costs go into one model; the reason is what most is lost to."""
+    arguments = ["--shapes", "tiny", "--edits", "500", "40000", "--results", str(tmp_path)]
+    few, many = scaling_shapes.main([*arguments, "--teraflops", "0.001"])
+    for row in (few, many):
+        assert row["values_efficiency_1"] == row["all_efficiency_1"] == 1.0
+        assert row["all_seconds_8"] < row["all_seconds_1"]
+    # 32 shards of 16: 64 workers and more have none for each.
+    assert few["values_seconds_32"] == pytest.approx(few["values_seconds_512"])
+    assert few["values_below_goal"] == 64 and "without a shard" in few["values_because"]
+    assert few["insertion_below_goal"] <= many["insertion_below_goal"]
+    stored = pq.read_table(tmp_path / "scaling_shapes.parquet")
+    assert stored["edits"].to_pylist() == [500, 40000]
+
+
+def test_the_model_of_scaling_adds_up_what_waits_for_what() -> None:
+    """By hand: five shards on two workers, a slow driver, one layer over a link of 10 bytes/s."""
+    layer = LayerCosts(keys=[1.0, 1.0], merge=2.0, apply=0.5, inward=20, update=5, sums=[4.0])
+    pieces = {"values": [3.0, 1.0, 1.0, 1.0, 2.0], "evaluation": [0.1] * 4}
+    costs = Costs(pieces, [layer], {"evaluation": 0.2})
+    assert costs.phases == ("values", "insertion", "evaluation")
+    assert costs.parts("values", 1, 10.0) == {"even": 8.0}
+    assert costs.parts("values", 2, 10.0) == {"even": 4.0, "uneven": 1.0}
+    alone, two = (costs.parts("insertion", workers, 10.0) for workers in (1, 2))
+    assert alone == {"even": 6.0, "merge": 2.0, "apply": 0.5}
+    assert two == {"even": 3.0, "groups": 2.0, "merge": 2.0, "apply": 0.5, "network": 2.5}
+    assert efficiency(alone, two, 2) == 8.5 / 20
+    assert "on their way" in largest_loss(two) and largest_loss(Counter({"even": 1.0})) == "nothing"
+    # The driver needs 0.8 s for four shards that two workers have done in 0.2 s.
+    assert costs.parts("evaluation", 2, 10.0).total() == pytest.approx(0.8)
+    assert costs.all_parts(2, 10.0).total() == pytest.approx(5.0 + 10.0 + 0.8)
 
 
 def test_scheduler(tmp_path: Path) -> None:
@@ -108,7 +152,7 @@ def test_scheduler(tmp_path: Path) -> None:
 
 def test_workers_take_the_next_piece_when_they_are_free() -> None:
     pieces = [3.0, 1.0, 1.0, 1.0, 2.0]
-    assert [scaling.makespan(pieces, workers) for workers in (1, 2, 5)] == [8.0, 5.0, 3.0]
+    assert [makespan(pieces, workers) for workers in (1, 2, 5)] == [8.0, 5.0, 3.0]
 
 
 def test_reduce(common: list[str]) -> None:

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from pipeline import run_batch_edit, run_comparison, run_sequential
-from pipeline.cluster import tree
+from pipeline.cluster import ray_engine, roster, tree
 from pipeline.cluster.engine import Call, WorkerLostError
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.ray_engine import RayEngine
@@ -26,8 +26,9 @@ from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Update
 from pipeline.errors import InputError, JobFailedError, WeightVersionMismatchError
 from pipeline.results import Run, read
+from pipeline.results.timings import read_timings
 from pipeline.results.updates import read_update
-from pipeline.spec import JobSpec
+from pipeline.spec import ClusterSpec, JobSpec
 from pipeline.spec.variants import variants
 from tests.cases import relative_error
 from tests.tiny_jobs import CONTEXTS, TinyJobs, digests, records
@@ -189,7 +190,7 @@ def test_sums_of_very_many_edits_travel_in_a_tree(
 
     monkeypatch.setattr(RayEngine, "combine", watched)
     monkeypatch.setattr(tree, "edits_for_sums", lambda _key_size: 16)
-    monkeypatch.setattr(tree, "_FAN_IN", 2)
+    monkeypatch.setattr(tree, "FAN_IN", 2)
     here = read(run_batch_edit(tiny.spec(tmp_path / "a", *CHANGES, requests=REQUESTS)).path)
     on_ray = read(run_batch_edit(_on_ray(tiny, tmp_path / "b")).path)
     # Seven shards of ten requests and one of two: two pairs, and all that is left.
@@ -275,6 +276,88 @@ def test_a_reducer_that_always_dies_ends_the_job(
     with pytest.raises(JobFailedError, match=r"layer 0: the reducer keeps dying"):
         run_batch_edit(_on_ray(tiny, tmp_path / "run", *changes))
     assert sabotage.made[0].killed["solve"] == 2 and not read(tmp_path / "run").updates()
+
+
+# --- workers that come late -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def occupied() -> Iterator[Any]:
+    """An actor that leaves one processor of four to others, until it is killed."""
+    actor = ray.remote(num_cpus=3)(Occupant).remote()
+    ray.get(actor.is_there.remote())
+    yield actor
+    ray.kill(actor)
+
+
+class Occupant:
+    """Takes up processors."""
+
+    def is_there(self) -> bool:
+        """Whether it has started."""
+        return True
+
+
+def test_a_worker_that_finds_room_late_takes_shards(
+    tiny: TinyJobs,
+    tmp_path: Path,
+    occupied: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The job begins with the one that fits, says what the other lacks, and waits for nobody."""
+    monkeypatch.setattr(ray_engine, "_START_SECONDS", 1.0)
+    monkeypatch.setattr(roster, "_SAY_SECONDS", 0.5)
+    submit, applied = RayEngine.submit, [0]
+
+    def sent(engine: RayEngine, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
+        applied[0] += method == "apply"
+        call = submit(engine, worker, method, *args, **kwargs)
+        # Between two layers: the late one has an update to catch up with, and keys to read.
+        if method == "read_keys" and applied == [1]:
+            ray.kill(occupied)
+            late = next(iter(engine.late))
+            ray.get(submit(engine, late, "describe").handle)
+            applied[0] += 1
+        return call
+
+    monkeypatch.setattr(RayEngine, "submit", sent)
+    with caplog.at_level(logging.WARNING, logger="pipeline"):
+        run = read(run_batch_edit(_on_ray(tiny, tmp_path / "run", "cluster.workers=2")).path)
+    assert digests(run) == digests(_in_process(tiny))
+    assert re.search(
+        r"waiting for 1 of 2 workers since \d+ s; each asks for \{'num_cpus': 1.*\}, free are \{",
+        caplog.text,
+    )
+    assert "beginning with 1 of 2 workers" in caplog.text
+    calls = [timing for timing in read_timings(run.path) if timing.call is not None]
+    of_worker = {(timing.call, timing.worker) for timing in calls}
+    assert {("values", 0), ("read_keys", 1)} <= of_worker
+    assert ("values", 1) not in of_worker
+
+
+def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processors on each of two nodes have room for two workers of two, not for three."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 1.0, "memory": 7e9}},
+        {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 1.0, "memory": 2e9}},
+        {"Alive": True, "Resources": {"memory": 9e9}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0, "memory": 9e12}},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+
+    def room(**settings: Any) -> int:
+        cluster = ClusterSpec(**{"gpus_per_worker": 0, **settings})
+        return ray_engine._num_workers(cluster, ray_engine._actor_options(cluster))
+
+    assert room() == 6
+    assert room(cpus_per_worker=2) == 2
+    assert room(gpus_per_worker=0.1, cpus_per_worker=1) == 6
+    assert room(gpus_per_worker=0.4) == 4
+    assert room(memory_per_worker_gb=2.5) == 2
+    assert room(memory_per_worker_gb=2.0) == 4
+    assert room(memory_per_worker_gb=100) == 1  # it will be waited for
+    assert room(workers=5, memory_per_worker_gb=100) == 5
 
 
 # --- the engine ---------------------------------------------------------------------------------

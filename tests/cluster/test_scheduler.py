@@ -19,7 +19,7 @@ from pipeline.cluster.plan import make_plan, probe_shards
 from pipeline.cluster.scheduler import Ended, Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.editing.update import Update
-from pipeline.errors import JobFailedError, WeightVersionMismatchError
+from pipeline.errors import InputError, JobFailedError, WeightVersionMismatchError
 from pipeline.results import read
 from pipeline.spec import JobSpec
 from tests.tiny_jobs import CONTEXTS, TinyJobs, digests, records
@@ -138,7 +138,8 @@ def test_a_new_worker_gets_all_updates_and_contexts(spec: JobSpec) -> None:
     for layer, size in ((0, 0.1), (1, 0.2), (0, 0.3)):
         scheduler.apply(layer, _update(size))
     expected = [engine._worker.model.oriented_weight(layer).clone() for layer in (0, 1)]
-    scheduler._replace(0, WorkerLostError("a test"))
+    scheduler._roster.lose(0, WorkerLostError("a test"))
+    assert scheduler._roster.anyone() == 0
     worker = engine._worker
     assert worker.weights.version == scheduler.version == 3
     assert worker.contexts == tuple(CONTEXTS)
@@ -189,7 +190,7 @@ def test_losses_while_a_worker_comes_back_are_borne(spec: JobSpec, probes: list[
     engine = LossyEngine(spec, set())
     scheduler = _scheduler(engine)
     scheduler.apply(0, _update(0.1))
-    engine.lost = {engine.calls, engine.calls + 1}  # the call, then the new worker's contexts
+    engine.lost = {engine.calls, engine.calls + 2}  # the call, then the new worker's contexts
     settings: dict[str, Any] = {"version": 1, "round": 0}
     heard: list[Ended] = []
     scheduler.observers.append(heard.append)
@@ -206,8 +207,8 @@ def test_losses_while_a_worker_comes_back_are_borne(spec: JobSpec, probes: list[
 def test_a_shard_that_is_always_lost_ends_the_job(spec: JobSpec, shards: list[Shard]) -> None:
     engine = LossyEngine(spec, set())
     scheduler = Scheduler(engine, RETRIES, stall_seconds=60)
-    engine.lost = set(range(1000))
-    with pytest.raises(JobFailedError, match=r"shard 0 was lost 3 times.*call 2 is lost"):
+    engine.lost = {0, 2, 4}  # between them the new workers say that they are there
+    with pytest.raises(JobFailedError, match=r"shard 0 was lost 3 times.*call 4 is lost"):
         list(scheduler.run("values", shards, lambda _, items: (items,), version=0, round=0))
 
 
@@ -215,7 +216,7 @@ def test_a_worker_that_never_comes_back_ends_the_job(spec: JobSpec, shards: list
     engine = LossyEngine(spec, set())
     scheduler = _scheduler(engine)
     engine.lost = set(range(1000))
-    with pytest.raises(JobFailedError, match="worker 0 does not come back"):
+    with pytest.raises(JobFailedError, match="worker 0 does not start"):
         list(scheduler.run("values", shards, lambda _, items: (items,), version=0, round=0))
 
 
@@ -252,9 +253,9 @@ def test_a_worker_without_an_answer_is_reported_and_then_replaced(
     scheduler = Scheduler(engine, RETRIES, stall_seconds=0.05, call_timeout_seconds=0.5)
     scheduler.set_contexts(tuple(CONTEXTS))
     # The update, and again while the new worker is brought to its version.
-    engine.deaf = {engine.calls, engine.calls + 2}
+    engine.deaf = {engine.calls, engine.calls + 3}
     scheduler.apply(0, _update(0.1))
-    assert engine.restarts == 2
+    assert scheduler.call("peak_memory") and engine.restarts == 2
     engine.deaf = {engine.calls + 1}
     settings: dict[str, Any] = {"version": 1, "round": 0}
     outcomes = list(scheduler.run("evaluate", probes, _asked, **settings))
@@ -262,6 +263,73 @@ def test_a_worker_without_an_answer_is_reported_and_then_replaced(
     assert engine.restarts == 3
     assert "evaluate: no answer yet from shard 1 on worker 0 for" in caplog.text
     assert re.search(r"lost \(no answer for \d s, longer than cluster\.call_timeout", caplog.text)
+
+
+# --- workers that come late ---------------------------------------------------------------------
+
+
+class LateEngine(InProcessEngine):
+    """Two workers in this process, of which the second gives no answer before it is let in."""
+
+    def __init__(self, spec: JobSpec, trouble: Exception | None = None) -> None:
+        super().__init__(spec, num_workers=2, late=frozenset({1}))
+        self.second, self.trouble, self.is_open = self._new_worker(), trouble, False
+
+    def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
+        if ready := [call for call in calls if call.worker == 0 or self.is_open]:
+            return ready[:1]
+        time.sleep(timeout)
+        return []
+
+    def result(self, call: Call) -> Any:
+        if call.worker == 0:
+            return super().result(call)
+        if self.trouble is not None:
+            raise self.trouble
+        first, self._worker = self._worker, self.second
+        try:
+            return super().result(call)
+        finally:
+            self._worker = first
+
+
+def _evaluated(engine: LateEngine, scheduler: Scheduler, probes: list[Shard]) -> list[Ended]:
+    """Apply an update and score; the second worker comes after the first shard."""
+    scheduler.apply(0, _update(0.1))
+    heard: list[Ended] = []
+    scheduler.observers.append(heard.append)
+    settings: dict[str, Any] = {"version": 1, "round": 0}
+    for _ in scheduler.run("evaluate", probes, _asked, **settings):
+        engine.is_open = True
+    assert sorted(ended.shard or 0 for ended in heard) == [0, 1, 2, 3]
+    return heard
+
+
+def test_a_late_worker_is_brought_up_to_date_and_takes_shards(
+    spec: JobSpec, probes: list[Shard], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.roster._SAY_SECONDS", 0.0)
+    engine = LateEngine(spec)
+    scheduler = _scheduler(engine)
+    heard = _evaluated(engine, scheduler, probes)
+    assert {ended.worker for ended in heard} == {0, 1}
+    assert engine.second.weights.version == 1 and engine.second.contexts == tuple(CONTEXTS)
+    weights = [worker.model.oriented_weight(0) for worker in (engine._worker, engine.second)]
+    assert torch.equal(*weights)
+    assert "waiting for 1 of 2 workers since 0 s; it needs this process only" in caplog.text
+    assert len(scheduler.broadcast("peak_memory")) == 2
+
+
+def test_a_late_worker_whose_node_lacks_something_is_left_out(
+    spec: JobSpec, probes: list[Shard], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = LateEngine(spec, InputError("model.path: there is none"))
+    heard = _evaluated(engine, _scheduler(engine), probes)
+    assert {ended.worker for ended in heard} == {0}
+    assert "worker 1 cannot start (model.path: there is none); going on without" in caplog.text
+    engine.is_open = True
+    with pytest.raises(InputError, match=r"model\.path: there is none"):  # nothing has begun yet
+        Scheduler(engine, RETRIES, stall_seconds=60)._roster.gather(1.0)
 
 
 # --- blame --------------------------------------------------------------------------------------

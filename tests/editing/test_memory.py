@@ -9,6 +9,8 @@ from pipeline.editing.search import Search, ValueSettings
 from pipeline.editing.values import find_values
 from tests.cases import ALL_FAMILIES, EDITS, SETTINGS, case
 
+CPU = torch.device("cpu")
+
 
 def _kept_bytes(family: str, layer: int) -> int:
     """Bytes of all distinct tensors that one edit's forward pass keeps for the backward pass."""
@@ -42,7 +44,7 @@ def test_a_power_of_two_fits_into_half_the_memory() -> None:
     prompts = tiny.prompts(EDITS)
     each = max(value_bytes(tiny.editable, prompt, 1) for prompt in prompts)
     fitting = {
-        free: edits_that_fit(tiny.editable, prompts, 1, 256, free * each)
+        free: edits_that_fit(tiny.editable, prompts, 1, 256, {CPU: free * each})
         for free in (0, 1, 2, 4, 15, 16, 100, 10_000)
     }
     assert fitting == {0: 1, 1: 1, 2: 1, 4: 2, 15: 4, 16: 8, 100: 32, 10_000: 256}

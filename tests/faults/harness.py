@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from tests.faults.driver import Death
 from tests.faults.job import Job
-from tests.faults.nodes import ROOT, Nodes, kill
+from tests.faults.nodes import ROOT, Actor, kill
 
 # Nobody waits for ever, but four imports of torch on a busy machine take their time.
 PATIENCE_SECONDS = 900.0
@@ -21,6 +22,23 @@ _SIGNALLED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)
 
 class HangingError(Exception):
     """A driver neither ends nor goes on."""
+
+
+class Place(Protocol):
+    """A cluster that jobs are tried on."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT for `cluster.address`."""
+        ...
+
+    def restore(self) -> None:
+        """Start nodes in the place of dead ones, where that is wanted."""
+        ...
+
+    def wait_until_idle(self, seconds: float = 60.0) -> list[Actor]:
+        """Wait for all of a job's processes to end; return those that have not."""
+        ...
 
 
 @dataclass
@@ -45,17 +63,19 @@ class Trial:
         nodes: the cluster.
         output: the run directory.
         deaths: that processes die by themselves; see driver.py.
+        cluster: settings of it beside the address.
     """
 
     job: Job
-    nodes: Nodes
+    nodes: Place
     output: Path
     deaths: Sequence[Death] = ()
+    cluster: Mapping[str, Any] = field(default_factory=dict)
     ends: list[Ended] = field(default_factory=list)
     _process: "subprocess.Popen[bytes] | None" = None
 
     def __post_init__(self) -> None:
-        self.spec = self.job.spec_file(self.output, address=self.nodes.address)
+        self.spec = self.job.spec_file(self.output, address=self.nodes.address, **self.cluster)
         self._log = self.output.with_name(f"{self.output.name}.log")
 
     @property

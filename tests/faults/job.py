@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline import run_batch_edit
@@ -43,6 +44,7 @@ class Job:
         count: requests to edit; one that cannot be stands beside them.
         shards: of requests.
         save_model: also write the edited model.
+        value: settings of the value search.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Job:
         count: int = COUNT,
         shards: int = SHARDS,
         save_model: bool = False,
+        value: Mapping[str, Any] = MappingProxyType({"steps": 20}),
     ) -> None:
-        self.tiny, self.root = tiny, root
+        self.tiny, self.root, self.value = tiny, root, value
         self.count, self.shards, self.save_model = count, shards, save_model
         root.mkdir(parents=True, exist_ok=True)
         settings = self.settings(root / "whole", engine="in_process")
@@ -71,7 +74,7 @@ class Job:
         size = self.count // self.shards
         settings["cluster"] |= {"shard_size": size, "engine": "ray", "workers": 2} | cluster
         settings["output"]["save_model"] = self.save_model
-        settings["method"]["value"]["steps"] = 20
+        settings["method"]["value"] |= self.value
         return settings
 
     def spec_file(self, output: Path, **cluster: Any) -> Path:

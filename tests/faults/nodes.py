@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,12 @@ class Nodes:
 
     Args:
         count: how many nodes; one more than workers leaves room when a node has died.
+        memories: bytes of memory that the first nodes announce; others announce what is free.
     """
 
-    def __init__(self, count: int = 3) -> None:
-        self.count = count
+    def __init__(self, count: int = 3, memories: Sequence[int] = ()) -> None:
+        self.count, self.memories = count, memories
+        self._joined: list[Any] = []
         with _workers_importing_tests():
             self._cluster = Cluster(
                 initialize_head=True,
@@ -66,14 +68,19 @@ class Nodes:
             if node.all_processes["raylet"][0].process.poll() is not None:
                 self._cluster.remove_node(node, allow_graceful=False)
         with _workers_importing_tests():
-            for _ in range(self.count - len(self._cluster.worker_nodes)):
-                self._cluster.add_node(num_cpus=1)
+            for number in range(len(self._cluster.worker_nodes), self.count):
+                given = number < len(self.memories)
+                announced = {"memory": self.memories[number]} if given else {}
+                self._joined.append(self._cluster.add_node(num_cpus=1, **announced))
 
     def actors(self) -> list[Actor]:
         """The job's processes, as their titles say."""
         raylets = {_raylet(node) for node in self._cluster.list_all_nodes()}
-        found = [_actor(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()]
-        return [actor for actor in found if actor is not None and actor.raylet in raylets]
+        return [actor for actor in actors_here() if actor.raylet in raylets]
+
+    def raylets(self) -> list[int]:
+        """The processes of the nodes but the head, in the order in which they joined."""
+        return [_raylet(node) for node in self._joined if node in self._cluster.worker_nodes]
 
     def kill_node(self, raylet: int) -> bool:
         """SIGKILL to every process of a node; false for the head, which the drivers live on."""
@@ -89,10 +96,7 @@ class Nodes:
 
     def wait_until_idle(self, seconds: float = 60.0) -> list[Actor]:
         """Wait for all of a job's processes to end; return those that have not."""
-        deadline = time.monotonic() + seconds
-        while (left := self.actors()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return left
+        return wait_until_idle(self.actors, seconds)
 
     def close(self) -> None:
         """End all of it, at once."""
@@ -115,6 +119,20 @@ def _raylet(node: Any) -> int:
 
 def _parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def actors_here() -> list[Actor]:
+    """The processes of all jobs on this machine, whatever their cluster."""
+    found = [_actor(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()]
+    return [actor for actor in found if actor is not None]
+
+
+def wait_until_idle(actors: Callable[[], list[Actor]], seconds: float) -> list[Actor]:
+    """Wait until there are no such processes; return those that are left."""
+    deadline = time.monotonic() + seconds
+    while (left := actors()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
 
 
 def _actor(process: int) -> Actor | None:

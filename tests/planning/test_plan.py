@@ -32,7 +32,7 @@ def test_an_outline_has_the_shapes_of_the_loaded_model(family: str, tiny: TinyJo
     loaded = AutoModelForCausalLM.from_pretrained(tiny.model(family))
     assert found.num_parameters == sum(weight.numel() for weight in loaded.parameters())
     assert ModelSize.of(found) == ModelSize.of(EditableModel(loaded))
-    assert found.dtype == torch.bfloat16 and found.device.type == "meta"
+    assert found.dtype == torch.bfloat16 and found.input_device.type == "meta"
 
 
 def test_what_an_estimate_follows(tiny: TinyJobs, tmp_path: Path) -> None:
@@ -127,6 +127,18 @@ def test_studies_are_planned_one_by_one_and_added_up(
     assert memory.worker["weights"] == estimates[0].memory.worker["weights"]
     runs = run_comparison(load_spec(spec))
     assert [run.path.name for run in runs] == labels, "a planned study begins in its directory"
+
+
+def test_looking_for_neurons_is_planned_by_its_steps(tiny: TinyJobs, tmp_path: Path) -> None:
+    def found(steps: int) -> Estimate:
+        changes = ("method.name=kn", "method.layers=null", f"method.kn.steps={steps}")
+        return make_estimate(make_plan(tiny.spec(tmp_path, *changes)), rate=1e7, workers=(1,))
+
+    once, often = found(10), found(100)
+    assert set(often.seconds[1]) == {"start", "baseline", "attribution", "insertion", "evaluation"}
+    assert 6 < often.seconds[1]["attribution"] / once.seconds[1]["attribution"] < 10
+    assert set(often.stored) == {"edits", "metrics", "attributions", "update"}
+    assert once.moved == often.moved and once.moved.keys == 0
 
 
 def test_a_gradient_method_is_planned_by_its_epochs(tiny: TinyJobs, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def test_columns_are_the_public_contract() -> None:
         "training": "round epoch step edits loss seconds",
         "survey": "model dataset editor setting edits status measure value low high count reason"
         " run",
+        "attributions": "round case_id layer neuron attribution agreeing prompts answer answer_ids",
+        "neurons": "round case_id layer neuron attribution shared_by is_edited",
         "harness": "round task metric filter unedited unedited_stderr edited edited_stderr "
         "higher_is_better count documents num_fewshot version lm_eval_version",
     }

@@ -70,7 +70,9 @@ class NeuronBank(Adapter):
 
     def attach(self, model: EditableModel, layer: int) -> Callable[[], None]:
         wide = torch.promote_types(model.dtype, torch.float32)
-        held = {n: part.to(device=model.device, dtype=wide) for n, part in self.parts.items()}
+        held = {
+            n: part.to(device=model.device_of(layer), dtype=wide) for n, part in self.parts.items()
+        }
         activation = ACT2FN[self.settings["activation"]]
         entered: list[Tensor] = []
 
