@@ -73,6 +73,7 @@ benchmarks: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks.reduce
 	$(BIN)/python -m benchmarks.covariance $(WORKLOAD) --corpus $(CORPUS)
 	$(BIN)/python -m benchmarks.evaluation $(WORKLOAD)
+	$(BIN)/python -m benchmarks.t_patcher $(WORKLOAD) --corpus $(CORPUS)
 	$(BIN)/python -m benchmarks.reading $(WORKLOAD) --edits 200
 
 clean:

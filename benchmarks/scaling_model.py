@@ -103,4 +103,4 @@ def _spread(shards: Sequence[float], workers: int, driver: float) -> Counter[str
     """Seconds of shards on workers, and of the driver where it is slower than they are."""
     even, last = sum(shards) / workers, makespan(shards, workers)
     waiting = max(0.0, driver * len(shards) - last)
-    return Counter({EVEN: even, "uneven": last - even, "driver": waiting})
+    return +Counter({EVEN: even, "uneven": last - even, "driver": waiting})

@@ -33,6 +33,7 @@ _PLACES = {
     "run_harness": "pipeline.harness",
     "run_sequential": "pipeline.cluster.run",
     "run_survey": "pipeline.cluster.survey",
+    "run_training": "pipeline.cluster.learning",
     "unedit": "pipeline.unediting",
     "write_report": "pipeline.report.page",
 }
@@ -53,6 +54,7 @@ __all__ = [
     "run_harness",
     "run_sequential",
     "run_survey",
+    "run_training",
     "unedit",
     "write_report",
 ]

@@ -7,31 +7,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.editing.adapters import Adapter, make_adapter
+from pipeline.editing.adapters import Adapter
 from pipeline.editing.update import EditedWeights
 from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.models.editable import EditableModel
 from pipeline.models.loading import fingerprint, save_model
 from pipeline.results.damage import first_problem
+from pipeline.results.pieces import DescribedAdapter, describe, named_tensors, undescribe
 
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 _FORMAT = 1
-
-
-class _Described(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    layer: Annotated[int, Field(ge=0)]
-    kind: str
-    settings: dict[str, Any]
 
 
 class _Description(BaseModel):
@@ -39,7 +31,7 @@ class _Description(BaseModel):
 
     format: Annotated[int, Field(ge=_FORMAT, le=_FORMAT)]
     fingerprint: str
-    adapters: list[_Described]
+    adapters: list[DescribedAdapter]
 
 
 @dataclass(frozen=True)
@@ -71,24 +63,12 @@ def save_edited(
 
 
 def _save(model: PreTrainedModel, adapters: Sequence[tuple[int, Adapter]], directory: Path) -> None:
-    tensors = {
-        f"{layer}.{adapter.kind}.{name}": part.contiguous()
-        for layer, adapter in adapters
-        for name, part in adapter.parts.items()
-    }
-    described = _Description(
-        format=_FORMAT,
-        fingerprint=fingerprint(model),
-        adapters=[
-            _Described(layer=layer, kind=adapter.kind, settings=dict(adapter.settings))
-            for layer, adapter in adapters
-        ],
-    )
+    said = _Description(format=_FORMAT, fingerprint=fingerprint(model), adapters=describe(adapters))
     try:
-        save_file(tensors, directory / TENSORS)
+        save_file(named_tensors(adapters), directory / TENSORS)
     except SafetensorError as error:
         raise OSError(f"{directory / TENSORS}: {error}") from error
-    text = json.dumps(described.model_dump(), indent=2, sort_keys=True)
+    text = json.dumps(said.model_dump(), indent=2, sort_keys=True)
     (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
@@ -106,12 +86,12 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> LoadedAdapter
         FingerprintMismatchError: it is for another model.
     """
     place = Path(directory)
-    described, adapters = _read(place)
+    expected, adapters = _read(place)
     found = fingerprint(model)
-    if found != described.fingerprint:
+    if found != expected:
         raise FingerprintMismatchError(
-            f"{place}: its adapter was made for the model with fingerprint"
-            f" {described.fingerprint[:12]}, this one has {found[:12]}"
+            f"{place}: its adapter was made for the model with fingerprint {expected[:12]}, this"
+            f" one has {found[:12]}"
         )
     editable = EditableModel(model)
     for layer, adapter in adapters:
@@ -125,22 +105,15 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> LoadedAdapter
     return LoadedAdapter(model, tuple(adapters), detach)
 
 
-def _read(place: Path) -> tuple[_Description, list[tuple[int, Adapter]]]:
+def _read(place: Path) -> tuple[str, list[tuple[int, Adapter]]]:
+    """The fingerprint of the model that the adapters are for, and the adapters."""
     try:
-        content = (place / DESCRIPTION).read_bytes()
-        described = _Description.model_validate_json(content)
+        said = _Description.model_validate_json((place / DESCRIPTION).read_bytes())
         tensors = load_file(place / TENSORS)
+        return said.fingerprint, undescribe(said.adapters, tensors)
     except ValidationError as error:
         raise InputError(f"{place / DESCRIPTION} is damaged: {first_problem(error)}") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{place} holds no adapter that can be read: {error}") from error
-    return described, [(one.layer, _adapter(one, tensors, place)) for one in described.adapters]
-
-
-def _adapter(one: _Described, tensors: dict[str, Tensor], place: Path) -> Adapter:
-    prefix = f"{one.layer}.{one.kind}."
-    parts = {n.removeprefix(prefix): part for n, part in tensors.items() if n.startswith(prefix)}
-    try:
-        return make_adapter(one.kind, parts, one.settings)
     except ValueError as error:
         raise InputError(f"{place} is damaged: {error}") from error

@@ -57,7 +57,7 @@ def export_model(
         weights.merge()
     with writing(str(target)), whole_directory(target) as temporary:
         save_edited(weights, load_tokenizer(source), temporary)
-        write_model_card(temporary, spec, recorded, applied)
+        write_model_card(temporary, spec, recorded, applied, merged=merge)
 
 
 def _applied(run: Run, round: int | None) -> int:

@@ -461,6 +461,7 @@ def test_help_names_every_command(cli: Cli) -> None:
         "unedit",
         "survey",
         "trace",
+        "train",
         "factworld",
     ):
         assert re.search(rf"\b{command}\b", result.out)

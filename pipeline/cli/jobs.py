@@ -146,6 +146,45 @@ def trace(spec: SpecPath, overrides: Overrides = None, restart: Restart = False)
 
 
 @app.command()
+def train(spec: SpecPath, overrides: Overrides = None, restart: Restart = False) -> None:
+    """Train the editor of a method that needs one (docs/training.md), and leave it in RUN/editor.
+
+    A training that is there already goes on from its last checkpoint.
+    """
+    from pipeline.cluster.learning import run_training
+    from pipeline.report.training_summary import training_tables
+
+    job, how_to_resume = spec_and_way(spec, overrides, restart)
+    console = make_console()
+    with resumable(job, how_to_resume):
+        result = run_training(job, console=console)
+    console.print(training_tables(result.summary))
+    how = f"editfleet report {result.place}"
+    with raising_stopped(f"the run is finished; `{how}` reports on it"):
+        is_reported = write_reports([result.path], console, result.place, how)
+    print_line(console, f"run directory: {result.place}")
+    leave([result.counts], is_reported)
+
+
+@app.command()
+def assess(spec: SpecPath, overrides: Overrides = None, restart: Restart = False) -> None:
+    """Find which facts the unedited model holds, and which wrongly (docs/assess.md).
+
+    Nothing is edited. An assessment that is there already is gone on with.
+    """
+    from pipeline.cluster.assessing import run_assess
+    from pipeline.report.assess_summary import assess_tables
+
+    job, how_to_resume = spec_and_way(spec, overrides, restart)
+    console = make_console()
+    with resumable(job, how_to_resume):
+        result = run_assess(job, console=console)
+    console.print(assess_tables(result.summary))
+    print_line(console, f"run directory: {result.place}")
+    leave([result.counts], True)
+
+
+@app.command()
 def plan(
     spec: SpecPath,
     overrides: Overrides = None,

@@ -18,15 +18,19 @@ app.add_typer(factworld_app, name="factworld")
 @app.command()
 def summary(run: RunPlace) -> None:
     """Print a run's summary again."""
+    from pipeline.report.assess_summary import assess_tables
     from pipeline.report.study_summary import study_tables
     from pipeline.report.summary import summary_tables
     from pipeline.report.trace_summary import trace_tables
+    from pipeline.report.training_summary import training_tables
     from pipeline.results import read
 
     found = read(run).summary
-    if "trace" in found:
-        make_console().print(trace_tables(found))
-        return
+    alone = {"training": training_tables, "trace": trace_tables, "assessment": assess_tables}
+    for name, tables in alone.items():
+        if name in found:
+            make_console().print(tables(found))
+            return
     make_console().print(study_tables(found) if "current" in found else summary_tables(found))
 
 

@@ -110,16 +110,7 @@ def ensure_covariances(
 
 def _enough_samples(spec: JobSpec, key_size: int) -> int:
     """Texts that hold about 10 tokens for every entry of a key (arXiv 2506.04226, section 4)."""
-    settings = spec.covariance
-    assert settings.corpus is not None
-    some = read_corpus(
-        settings.corpus, field=settings.field, samples=_TEXTS_TO_ESTIMATE_FROM, seed=spec.seed
-    )
-    config = load_config(spec.model).get_text_config()
-    limits = (settings.max_tokens, getattr(config, "max_position_embeddings", None))
-    longest = min((limit for limit in limits if limit is not None), default=sys.maxsize)
-    rows = load_tokenizer(spec.model)(some)["input_ids"]
-    mean = max(1.0, sum(min(len(row), longest) for row in rows) / len(rows))
+    mean = mean_tokens(spec)
     samples = math.ceil(AMPLE_TOKENS_PER_KEY_ENTRY * key_size / mean)
     log.info(
         "covariance.samples: auto takes %d texts of about %.1f tokens, %d for each of the %d"
@@ -130,6 +121,20 @@ def _enough_samples(spec: JobSpec, key_size: int) -> int:
         key_size,
     )
     return samples
+
+
+def mean_tokens(spec: JobSpec) -> float:
+    """Tokens that a text of the corpus has on average, cut as the spec says; 1 at least."""
+    settings = spec.covariance
+    assert settings.corpus is not None
+    some = read_corpus(
+        settings.corpus, field=settings.field, samples=_TEXTS_TO_ESTIMATE_FROM, seed=spec.seed
+    )
+    config = load_config(spec.model).get_text_config()
+    limits = (settings.max_tokens, getattr(config, "max_position_embeddings", None))
+    longest = min((limit for limit in limits if limit is not None), default=sys.maxsize)
+    rows = load_tokenizer(spec.model)(some)["input_ids"]
+    return max(1.0, sum(min(len(row), longest) for row in rows) / len(rows))
 
 
 def _compute(

@@ -17,7 +17,7 @@ from pipeline.cluster.reducer import Reducer
 from pipeline.cluster.worker import EditWorker
 from pipeline.spec import JobSpec
 
-KEPT_IN_PLACE = frozenset({"read_keys", "gradients"})
+KEPT_IN_PLACE = frozenset({"read_keys", "gradients", "contribute"})
 """Methods of a worker with a second, large result, which goes to the reducer, not to the driver."""
 
 

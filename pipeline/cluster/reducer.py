@@ -1,17 +1,24 @@
 """The reducer: merges shards of keys and residuals into one layer's update."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from pipeline.editing.calibration import BankGradients
 from pipeline.editing.descent import Step
 from pipeline.editing.equations import ManyEdits, NormalEquations, Penalty
 from pipeline.editing.gradients import Factors
 from pipeline.editing.sums import Sums
-from pipeline.editing.update import Update
-from pipeline.methods import ClosedForm, GradientMethod, build_method
+from pipeline.editing.update import Change, Update
+from pipeline.methods import ClosedForm, GradientMethod, build_method, build_trainable
 from pipeline.methods.gradient import Making, State
+from pipeline.methods.trainable import Contribution, Measured, Shapes, Trainer
 from pipeline.models.editable import resolve_device
-from pipeline.spec import MethodSpec
+from pipeline.spec import JobSpec, MethodSpec
+
+# What a worker hands over, as the phase needs it.
+HandedOver = tuple[Tensor, Tensor] | Sums | Factors | Contribution
 
 # What is kept of the layers between rounds. A model whose layers need more than that has their
 # factors computed again each round, to the same bits.
@@ -36,7 +43,8 @@ class Reducer:
         self._penalties: dict[int, Penalty] = {}
         self._equations: NormalEquations | None = None
         self._making: Making | None = None
-        self._waiting: dict[int, tuple[Tensor, Tensor] | Sums | Factors] = {}
+        self._trainer: Trainer | None = None
+        self._waiting: dict[int, HandedOver] = {}
         self._next = 0
 
     def begin(
@@ -81,8 +89,8 @@ class Reducer:
         self._waiting.clear()
         self._next = 0
 
-    def add(self, order: int, part: tuple[Tensor, Tensor] | Sums | Factors) -> None:
-        """Take the keys and residuals, sums, or factors of the part at this place (from 0)."""
+    def add(self, order: int, part: HandedOver) -> None:
+        """Take what the part at this place (from 0) has come to."""
         self._waiting[order] = part
         while self._next in self._waiting:
             self._take(self._waiting.pop(self._next))
@@ -107,13 +115,71 @@ class Reducer:
         self._next = 0
         return self._making.step()
 
-    def finish_round(self) -> tuple[dict[int, Update], State]:
+    def finish_round(self) -> tuple[Mapping[int, Change], State]:
         """The updates of a gradient method's round, and what the next one has to know."""
         assert self._making is not None, "begin a round first"
         return self._making.finish()
 
-    def _take(self, part: tuple[Tensor, Tensor] | Sums | Factors) -> None:
-        if isinstance(part, Factors):
+    def begin_training(self, spec: JobSpec, shapes: Shapes, state: State | None) -> int:
+        """Begin the training of an editor, or go on with it; what was under way is dropped.
+
+        Args:
+            spec: the resolved job spec.
+            shapes: of the model.
+            state: of the checkpoint to go on from.
+
+        Returns:
+            Measurements since the best one.
+        """
+        self._trainer = build_trainable(spec).trainer(shapes, state)
+        self._waiting.clear()
+        self._next = 0
+        return self._trainer.since_best
+
+    def begin_step(self, learns: bool) -> object:
+        """Begin a step of a training, or a measurement; what its first pass is given."""
+        return self._training.begin(learns=learns)
+
+    def end_pass(self, number: int, num_parts: int) -> object:
+        """What the next pass of a step is given, once all parts of this one are in."""
+        self._require_all(num_parts)
+        return self._training.end_pass(number)
+
+    def end_step(self, num_parts: int) -> Measured:
+        """Make a training's step once all parts of its last pass are in.
+
+        Raises:
+            ValueError: a loss or a gradient is not finite.
+        """
+        self._require_all(num_parts)
+        return self._training.end()
+
+    def validated(self, measured: Measured) -> int:
+        """Take note of a measurement; how many there have been since the best one."""
+        return self._training.validated(measured)
+
+    def checkpoint(self) -> State:
+        """What going on with a training needs."""
+        return self._training.state()
+
+    def trained_editor(self) -> State:
+        """The parameters that a training has come to."""
+        return self._training.editor()
+
+    @property
+    def _training(self) -> Trainer:
+        assert self._trainer is not None, "begin a training first"
+        return self._trainer
+
+    def _require_all(self, num_parts: int) -> None:
+        assert self._next == num_parts, "parts are missing"
+        self._next = 0
+
+    def _take(self, part: HandedOver) -> None:
+        if isinstance(part, Contribution):
+            self._training.add(part)
+            return
+        if isinstance(part, Factors | BankGradients):
             assert self._making is not None, "begin a round first"
             self._making.add(part)
             return

@@ -3,15 +3,18 @@
 import logging
 from collections.abc import Container, Mapping
 
+import numpy as np
+
 from pipeline.cluster.covariance import Covariances
 from pipeline.cluster.general import held_out_entry
 from pipeline.cluster.outcomes import shards_left
 from pipeline.cluster.plan import Plan, cut_probes
+from pipeline.cluster.queries import digest
 from pipeline.cluster.record import package_versions, plan_entries
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
-from pipeline.methods import build_gradient_method
+from pipeline.methods import build_adapter_method, build_gradient_method
 from pipeline.places import below
 from pipeline.results.listing import KINDS, Kind, Part, TensorKind, in_order
 from pipeline.results.manifest import Begun, Cut, HeldOut, Requests, read_begun
@@ -136,6 +139,22 @@ def require_same_covariances(store: RunStore, covariances: Covariances) -> None:
         )
 
 
+def require_same_queries(store: RunStore, queries: np.ndarray) -> None:
+    """Note the queries that a run's method remembers, or check that they are those noted before.
+
+    Raises:
+        FingerprintMismatchError: they are others.
+    """
+    found, before = digest(queries), read_begun(store).queries
+    if before is None:
+        store.update_manifest(queries={"count": len(queries), "sha256": found})
+    elif before.sha256 != found:
+        raise FingerprintMismatchError(
+            f"{store.place}: the queries of covariance.corpus are not those that the run was begun"
+            f" with; restore the corpus to resume the run, {_ANEW}"
+        )
+
+
 def drop_unsound(store: RunStore, plan: Plan) -> int:
     """Unlist the parts that are damaged, and those that came from such a part; return how many.
 
@@ -174,6 +193,8 @@ def _unsound(
 
     if plan.spec.method.is_locating:
         return _unsound_locating(store, lost, round, plan, stands)
+    if plan.spec.method.is_piecewise:
+        return _unsound_adapting(store, lost, round, plan, stands)
     if not plan.spec.method.is_closed_form:
         return _unsound_training(store, lost, round, plan, stands)
     gone: list[Part] = []
@@ -234,6 +255,37 @@ def _unsound_locating(
     return gone + ([] if is_whole else edits), stands
 
 
+def _unsound_adapting(
+    store: RunStore, lost: Mapping[str, Part], round: int, plan: Plan, stands: bool
+) -> tuple[list[Part], bool]:
+    """The same for adapters: a piece is its tensors and its rows, an update is joined of pieces."""
+    found = {
+        kind: [part for part in store.parts(kind, round) if part.name not in lost] for kind in KINDS
+    }
+    everything = [part for parts in found.values() for part in parts]
+    if not stands:
+        return everything, False
+    table = build_adapter_method(plan.spec.method).table
+    damaged = {
+        part.shard if part.kind == table else part.layer
+        for part in lost.values()
+        if part.round == round and part.kind in (table, "piece")
+    }
+    if damaged:
+        kept = [
+            part
+            for part in (*found[table], *found["piece"])
+            if (part.shard if part.kind == table else part.layer) not in damaged
+        ]
+        return [part for part in everything if part not in kept], False
+    is_done = len(found["update"]) == len(plan.layers)
+    of_round = [part for part in lost.values() if part.round == round]
+    if is_done or not of_round:
+        return found["edits"] if of_round else [], is_done
+    # Its update is lost and is joined again, to the same bits; scores are taken again all the same.
+    return [*found["metrics"], *found["general"], *found["edits"]], False
+
+
 def holds_all_updates(store: RunStore, plan: Plan) -> bool:
     """Whether no update is left to be solved for."""
     rounds = range(len(plan.rounds.shards))
@@ -256,7 +308,7 @@ def is_complete(store: RunStore, plan: Plan) -> bool:
         if plan.spec.method.is_locating:
             left += shards_left(store, "attributions", round, shards)
             left += shards_left(store, "neurons", round, shards[:1])
-        elif not plan.spec.method.is_closed_form:
+        elif not (plan.spec.method.is_closed_form or plan.spec.method.is_piecewise):
             left += shards_left(store, "training", round, shards[:1])
         for stage in range(len(plan.stages)):
             left += shards_left(store, "values", round, plan.value_shards(round, stage))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.worker import WorkerDescription
-from pipeline.editing.update import Update
+from pipeline.editing.update import Change
 from pipeline.errors import DivergedError
 from pipeline.methods import wraps_updates
 from pipeline.results.store import RunStore
@@ -15,8 +15,8 @@ from pipeline.spec import MethodSpec
 log = logging.getLogger(__name__)
 
 
-def finished_update(scheduler: Scheduler, method: MethodSpec, layer: int, update: Update) -> Update:
-    """An update as it is stored: passed through the method's wrappers, on the weights as they are.
+def finished_update(scheduler: Scheduler, method: MethodSpec, layer: int, update: Change) -> Change:
+    """A change as it is stored: passed through the method's wrappers, on the weights as they are.
 
     Raises:
         DivergedError: it is not finite.
@@ -35,7 +35,7 @@ def store_update(
     *,
     round: int,
     layer: int,
-    update: Update,
+    update: Change,
 ) -> None:
     """Write a finished update."""
     log.info("layer %d: the update's norm is %.3g", layer, update.norm())

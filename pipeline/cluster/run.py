@@ -131,6 +131,16 @@ def _require_one_study(spec: JobSpec) -> None:
             "trace: the spec is that of causal tracing; run it with `editfleet trace`, or set trace"
             " to null to edit"
         )
+    if spec.train is not None:
+        raise InputError(
+            "train: the spec is that of a training; run it with `editfleet train`, or set train to"
+            " null to edit"
+        )
+    if spec.assess is not None:
+        raise InputError(
+            "assess: the spec is that of an assessment; run it with `editfleet assess`, or set"
+            " assess to null to edit"
+        )
 
 
 def _run(

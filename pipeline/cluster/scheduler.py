@@ -175,6 +175,10 @@ class Scheduler:
         """Hand the norm anchor to every worker, and to those that come later."""
         self._tell("set_anchor_norm", norm)
 
+    def set_queries(self, queries: Any) -> None:
+        """Hand remembered queries to every worker, and to those that replace them."""
+        self._tell("set_queries", queries)
+
     def _tell(self, method: str, value: Any) -> None:
         self._told.append(lambda: (method, (value,), {}))
         self._roster.remember(self._told[-1])

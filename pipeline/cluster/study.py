@@ -1,11 +1,13 @@
 """A job under way: round after round of values, updates and scores. A batch job is one round."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.cluster.adapting import Adapting
 from pipeline.cluster.anchor import measure_anchor
 from pipeline.cluster.apart import Lane, run_lanes
 from pipeline.cluster.covariance import Covariances, ensure_covariances
@@ -23,6 +25,7 @@ from pipeline.cluster.outcomes import (
 from pipeline.cluster.past import PastGrams
 from pipeline.cluster.plan import Plan, cut_probes
 from pipeline.cluster.progress import PhaseProgress
+from pipeline.cluster.queries import gather_queries
 from pipeline.cluster.record import (
     begin_run,
     edit_rows,
@@ -36,6 +39,7 @@ from pipeline.cluster.resume import (
     holds_all_updates,
     require_same_covariances,
     require_same_model,
+    require_same_queries,
 )
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.scheduler import Scheduler
@@ -44,8 +48,14 @@ from pipeline.cluster.sharing import Sharing, take_over, unedited_key, values_ke
 from pipeline.cluster.training import Training
 from pipeline.cluster.value_search import search_values, search_values_apart, without
 from pipeline.cluster.worker import WorkerDescription
+from pipeline.editors import require_own_editor
 from pipeline.errors import DivergedError, JobFailedError
-from pipeline.methods import build_gradient_method, build_locating_method, build_method
+from pipeline.methods import (
+    build_adapter_method,
+    build_gradient_method,
+    build_locating_method,
+    build_method,
+)
 from pipeline.requests import EditRequest
 from pipeline.results.listing import Kind
 from pipeline.results.seconds import write_seconds
@@ -55,13 +65,13 @@ from pipeline.watching import logs
 
 log = logging.getLogger(__name__)
 
-_Writer = Insertion | Training | Locating
-
 # Where a round has fewer edits, all of them getting worse says little about the model.
 _LEAST_TO_JUDGE_A_ROUND_BY = 10
 
 # What a round that diverged may have written already; its values stay.
-_OF_UPDATES: tuple[Kind, ...] = ("update", "keys", "training")
+_OF_UPDATES: tuple[Kind, ...] = ("update", "keys", "training", "piece")
+
+_Writer = Insertion | Training | Locating | Adapting
 
 
 class Study:
@@ -103,6 +113,7 @@ class Study:
     def _run(self) -> dict[str, Any]:
         """Reads like the picture in docs/design.md."""
         worker: WorkerDescription = self.scheduler.call("describe")
+        require_own_editor(self.plan.spec.method, worker.fingerprint)
         covariances = self._covariances(worker)
         store = self._begin(worker, covariances)
         if self.plan.spec.evaluation.baseline:
@@ -122,12 +133,14 @@ class Study:
         """Make every round from the unedited model, as many at once as there are workers."""
         if self.plan.spec.method.is_closed_form:
             search_values_apart(self.plan, self.scheduler, store, self.progress)
+        # Made once, on all workers: what it tells them, every lane's worker knows.
+        writer = self._writer(store, covariances, worker)
 
         def make(number: int, lane: Lane) -> None:
             beside = Study(self.plan, lane.engine, lane.scheduler, lane.progress, self.earlier)
             beside.store = store
-            writer = beside._writer(store, covariances, worker)
-            beside._round_apart(store, writer, number)
+            own = replace(writer, scheduler=lane.scheduler, progress=lane.progress)
+            beside._round_apart(store, own, number)
             lane.scheduler.revert()
 
         left = [
@@ -137,7 +150,7 @@ class Study:
         ]
         run_lanes(self.engine, self.scheduler, self.progress, self.plan, left, make)
 
-    def _round_apart(self, store: RunStore, writer: Insertion | Training, round: int) -> None:
+    def _round_apart(self, store: RunStore, writer: _Writer, round: int) -> None:
         """Make one round; if it diverges its edits have failed, and no other round knows."""
         try:
             self._timed_round(store, writer, round)
@@ -178,12 +191,12 @@ class Study:
             self.progress.say(f"round {round}: {took}")
 
     def _round(self, store: RunStore, writer: _Writer, round: int) -> None:
-        if isinstance(writer, Training):
-            self._train(store, writer, round)
+        if isinstance(writer, Insertion):
+            self._insert(store, writer, round)
         elif isinstance(writer, Locating):
             self._locate(store, writer, round)
         else:
-            self._insert(store, writer, round)
+            self._train(store, writer, round)
         self._evaluate(store, "evaluation", round)
         if round in self.plan.rounds.evaluated:
             self._measure_general(store, round)
@@ -204,7 +217,7 @@ class Study:
                 self._blame(store, [r for shard in live for r in shard.items], error, round)
                 raise
 
-    def _train(self, store: RunStore, training: Training, round: int) -> None:
+    def _train(self, store: RunStore, training: Training | Adapting, round: int) -> None:
         shards = without(self.plan.rounds.shards[round], self.failures)
         requests = [request for shard in shards for request in shard.items]
         try:
@@ -307,11 +320,13 @@ class Study:
     def _writer(
         self, store: RunStore, covariances: Covariances | None, worker: WorkerDescription
     ) -> _Writer:
-        """What turns a round's requests into updates."""
+        """What turns a round's requests into updates or adapters."""
         spec = self.plan.spec
         if spec.method.is_locating:
             locating = build_locating_method(spec.method)
             return Locating(locating, self.scheduler, store, worker, self.progress)
+        if spec.method.is_piecewise:
+            return self._adapting(store, worker)
         if not spec.method.is_closed_form:
             retries, method = spec.cluster.max_retries, build_gradient_method(spec.method)
             carries_over = not spec.rolls_back
@@ -321,6 +336,19 @@ class Study:
         remembers = goes_on and build_method(spec.method).remembers
         past = PastGrams(spec.cluster.reducer_threads) if remembers else None
         return Insertion(spec, self.scheduler, store, covariances, worker, self.progress, past)
+
+    def _adapting(self, store: RunStore, worker: WorkerDescription) -> Adapting:
+        """The writer of adapters, with what it remembers of the unedited model."""
+        method = build_adapter_method(self.plan.spec.method)
+        adapting = Adapting(method, self.scheduler, store, worker, self.progress)
+        # A run whose adapters are all made trains none.
+        if method.num_queries and not holds_all_updates(store, self.plan):
+            queries = gather_queries(
+                self.plan.spec, self.scheduler, self.progress, method.num_queries
+            )
+            require_same_queries(store, queries)
+            adapting.remember(queries)
+        return adapting
 
     def _find_values(self, store: RunStore, round: int, stage: int) -> None:
         """Search a stage's values; the very first ones may be those of a study beside this."""

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.cluster.scheduler import Outcome, Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.descent import Step
-from pipeline.editing.update import Update
+from pipeline.editing.update import Change, Update
 from pipeline.errors import JobFailedError
 from pipeline.methods import GradientMethod
 from pipeline.methods.gradient import State
@@ -35,7 +35,7 @@ EDITS_OF_A_PIECE = 16
 class _Made:
     """What a round's steps have made."""
 
-    updates: dict[int, Update]
+    updates: Mapping[int, Change]
     state: State
     rows: list[dict[str, Any]] = field(default_factory=list)
 

@@ -7,28 +7,45 @@ import logging
 import os
 import resource
 import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.adapter_files import save_edited
 from pipeline.cluster.neuron_tables import attribution_rows
+from pipeline.editing.calibration import BankGradients
 from pipeline.editing.covariance import GramSums, gram_sums
-from pipeline.editing.gradients import Factors, TargetGradients
+from pipeline.editing.gradients import Factors
 from pipeline.editing.keys import KeyWave
 from pipeline.editing.knowledge_neurons import NeuronEdit
 from pipeline.editing.memory import edits_that_fit, free_bytes
+from pipeline.editing.queries import ffn_queries
 from pipeline.editing.update import Change, EditedWeights, Update
 from pipeline.editing.values import FoundValue
 from pipeline.errors import DivergedError, InputError, WeightVersionMismatchError
 from pipeline.evaluation import general, metrics
 from pipeline.evaluation.asking import continuations_of, scores_of
+from pipeline.evaluation.knowledge import assessment_rows
 from pipeline.evaluation.probes import Probe
-from pipeline.methods import ClosedForm, GradientMethod, KnowledgeNeurons, build_method
+from pipeline.methods import (
+    AdapterMethod,
+    ClosedForm,
+    GradientMethod,
+    KnowledgeNeurons,
+    Made,
+    Scene,
+    build_method,
+    build_trainable,
+    seed_of,
+)
+from pipeline.methods.gradient import LaidOut
+from pipeline.methods.trainable import Contribution, Learner
 from pipeline.models.editable import EditableModel, resolve_devices
 from pipeline.models.loading import (
     fingerprint,
@@ -125,10 +142,12 @@ class EditWorker:
         self.method = build_method(spec.method)
         self.contexts = tuple(spec.method.contexts or ())
         self.weights = EditedWeights(self.model, self.method.layers)
+        self._queries = torch.zeros(0, self.model.hidden_size)
         self._waves: dict[int, KeyWave] = {}
         self._waves_of = 0
-        self._laid_out: dict[tuple[str, ...], TargetGradients] = {}
+        self._laid_out: dict[tuple[str, ...], LaidOut] = {}
         self._laid_out_of: tuple[int, ...] = ()
+        self._learner: Learner | None = None
         self._max_tokens = TOKENS_PER_BATCH[self.model.input_device.type]
 
     def describe(self) -> WorkerDescription:
@@ -159,6 +178,46 @@ class EditWorker:
         """Use this norm anchor from now on."""
         self.method = build_method(self.spec.method.with_anchor(norm))
 
+    def queries(self, texts: Sequence[str], max_tokens: int | None) -> np.ndarray:
+        """Inputs of the edited block's feed-forward network at some texts' tokens, (n, D) float32.
+
+        Of the unedited model, without each text's first token.
+        """
+        self._require(0)
+        rows = self._token_rows(texts, max_tokens)
+        found = ffn_queries(self.model, self.method.layers[0], rows, self._max_tokens)
+        return found.float().numpy()
+
+    def set_queries(self, queries: np.ndarray) -> None:
+        """Remember these from now on; on a processor they stay where they lie."""
+        with warnings.catch_warnings():
+            # They lie in memory that is shared by a node's workers, and nobody writes them.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self._queries = torch.from_numpy(queries).to(
+                self.model.device_of(self.method.layers[0])
+            )
+
+    def adapt(self, requests: Sequence[EditRequest], *, version: int, round: int) -> Made:
+        """Make the adapters of some edits on the model of the round before."""
+        self._require(version)
+        assert isinstance(self.method, AdapterMethod), "other methods change weights"
+        start = time.perf_counter()
+        scene = Scene(
+            self.model,
+            dict(self.weights.adapters),
+            self._queries,
+            TOKENS_PER_BACKWARD[self.model.input_device.type],
+        )
+        edits = tokenize_edits(self.tokenizer, requests, self.contexts)
+        seeds = [seed_of(self.spec.seed, request.case_id) for request in requests]
+        made = self.method.make(scene, edits, seeds)
+        seconds = (time.perf_counter() - start) / max(1, len(requests))
+        rows = [
+            {"round": round, "case_id": request.case_id, "seconds": seconds, **row}
+            for request, row in zip(requests, made.rows, strict=True)
+        ]
+        return replace(made, rows=rows)
+
     @property
     def _closed_form(self) -> ClosedForm:
         assert isinstance(self.method, ClosedForm), "a gradient method has no values"
@@ -174,9 +233,7 @@ class EditWorker:
     def covariance(self, texts: Sequence[str], max_tokens: int | None) -> GramSums:
         """Sum k k^T over the tokens of some texts for every edited layer of the unedited model."""
         self._require(0)
-        limit = min(n for n in (max_tokens, self.model.max_positions, 1 << 20) if n is not None)
-        rows = [ids[:limit] for ids in token_ids(self.tokenizer, texts)]
-        rows = [ids for ids in rows if ids]
+        rows = self._token_rows(texts, max_tokens)
         return gram_sums(self.model, self.method.layers, rows, self._max_tokens)
 
     def values(self, requests: Sequence[EditRequest], *, version: int, round: int) -> pa.Table:
@@ -266,16 +323,16 @@ class EditWorker:
     def gradients(
         self,
         requests: Sequence[EditRequest],
-        changes: dict[int, Tensor] | None,
+        changes: dict[int, Any] | None,
         *,
         version: int,
         round: int,
-    ) -> tuple[int, Factors]:
+    ) -> tuple[int, Factors | BankGradients]:
         """Take the gradients of some edits, with changes on top of the edited weights.
 
         Args:
             requests: the edits.
-            changes: layer -> (D, F) float32; None is none.
+            changes: what the steps so far have changed, by layer; None is nothing.
 
         Returns:
             How many edits, and their factors.
@@ -287,8 +344,7 @@ class EditWorker:
         self._require(version)
         laid_out = self._lay_out(requests, round)
         assert isinstance(self.method, GradientMethod), "a method in closed form has values"
-        with self.weights.tried(changes or {}):
-            factors = laid_out.factors(self.method.tokens)
+        factors = self.method.factors(laid_out, self.weights, changes)
         finite = torch.isfinite(factors.losses).tolist()
         ruined = [r.case_id for r, fine in zip(requests, finite, strict=True) if not fine]
         if ruined and changes is None:
@@ -357,6 +413,19 @@ class EditWorker:
         assert isinstance(self.method, KnowledgeNeurons), "this method looks for no neurons"
         return self.method
 
+    def contribute(
+        self, items: Sequence[Any], number: int, shared: Any, *, learns: bool, version: int
+    ) -> tuple[int, Contribution]:
+        """Say what some examples want of an editor that is trained; arguments as of `Learner`.
+
+        Returns:
+            How many items, and what they want.
+        """
+        self._require(version)
+        if self._learner is None:
+            self._learner = build_trainable(self.spec).learner(self.weights, self.tokenizer)
+        return len(items), self._learner.contribute(items, number, shared, learns=learns)
+
     def wrap_update(self, layer: int, update: Update, *, version: int) -> Update:
         """What the method's wrappers make of an update, before it is applied."""
         self._require(version)
@@ -417,6 +486,20 @@ class EditWorker:
         found = trace(self.model, facts, settings, max_tokens=self._max_tokens)
         return trace_rows(self.tokenizer, requests, facts, found, settings)
 
+    def assessment(
+        self, requests: Sequence[EditRequest], contrasts: Sequence[Sequence[str]], *, version: int
+    ) -> tuple[pa.Table, dict[str, str]]:
+        """Assess facts: rows of assessment/, and case_id -> why of those that have no object.
+
+        Args:
+            contrasts: prompts of other relations about each fact's subject.
+        """
+        self._require(version)
+        assert self.spec.assess is not None
+        return assessment_rows(
+            self.model, self.tokenizer, requests, contrasts, self.spec.assess, self._max_tokens
+        )
+
     def save_model(self, directory: str, *, version: int) -> None:
         """Write model and tokenizer with save_pretrained, at the weights of `version`."""
         self._require(version)
@@ -432,6 +515,11 @@ class EditWorker:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"resident": resident, "device": cuda}
 
+    def _token_rows(self, texts: Sequence[str], max_tokens: int | None) -> list[list[int]]:
+        limit = min(n for n in (max_tokens, self.model.max_positions, 1 << 20) if n is not None)
+        rows = [ids[:limit] for ids in token_ids(self.tokenizer, texts)]
+        return [ids for ids in rows if ids]
+
     def _batch_size(self, edits: Sequence[EditPrompts], layer: int) -> int:
         asked = self.spec.cluster.value_batch_size
         if asked != "auto" or not edits:
@@ -444,7 +532,7 @@ class EditWorker:
             log.info("values: %d edits at once instead of %d, for want of memory", size, most)
         return size
 
-    def _lay_out(self, requests: Sequence[EditRequest], round: int) -> TargetGradients:
+    def _lay_out(self, requests: Sequence[EditRequest], round: int) -> LaidOut:
         """Edits as rows; what lower blocks make of them is kept where there is room."""
         assert isinstance(self.method, GradientMethod)
         of = (round, self.weights.version)

@@ -8,6 +8,7 @@ Shapes: F key size, D hidden size.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,13 @@ class Step:
     Attributes:
         edits: how many edits its gradient is the mean of.
         loss: their mean loss before it, nats a target token.
-        changes: layer -> (D, F) float32 change so far; None where the loss was low enough to leave
-            the weights as they were.
+        changes: layer -> (D, F) float32 change so far, or whatever the method's workers go on from;
+            None where the loss was low enough to leave things as they were.
     """
 
     edits: int
     loss: float
-    changes: dict[int, Tensor] | None
+    changes: dict[int, Any] | None
 
 
 class Descent:

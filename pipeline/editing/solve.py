@@ -134,31 +134,59 @@ def constrained_factors(
     return gram.solve(residuals_ND).T, whitened_FN.T, gram.ridge
 
 
-def ridge_factors(keys_RF: Tensor, values_RD: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The ridge regression of values on keys, V K^T (K K^T + ridge I)^-1, as two factors.
+class RidgeSystem:
+    """The matrix K K^T + ridge I of some keys, factored in its smaller form.
 
     Args:
         keys_RF: float64 keys, one a row.
-        values_RD: float64 values, one a row.
         ridge: above 0.
 
-    Returns:
-        (D, m) and (m, F) float64, m the smaller of R and F; their product is the update.
-
     Raises:
-        ValueError: keys or values hold infinities or NaNs, or the ridge is too small for float64.
+        ValueError: keys hold infinities or NaNs, or the ridge is too small for float64.
     """
-    require_finite(keys_RF, values_RD)
-    rows, size = keys_RF.shape
-    is_dual = rows < size
-    gram = keys_RF @ keys_RF.T if is_dual else keys_RF.T @ keys_RF
-    gram.diagonal().add_(ridge)
-    lower, info = torch.linalg.cholesky_ex(gram)
-    if int(info):
-        raise ValueError("the ridge is too small beside the keys for float64; take a larger one")
-    if is_dual:
-        return torch.cholesky_solve(values_RD, lower).T, keys_RF
-    return values_RD.T @ keys_RF, torch.cholesky_inverse(lower)
+
+    def __init__(self, keys_RF: Tensor, ridge: float) -> None:
+        require_finite(keys_RF)
+        self.keys, self.ridge = keys_RF, ridge
+        rows, size = keys_RF.shape
+        self.is_dual = rows < size
+        gram = keys_RF @ keys_RF.T if self.is_dual else keys_RF.T @ keys_RF
+        gram.diagonal().add_(ridge)
+        lower, info = torch.linalg.cholesky_ex(gram)
+        if int(info):
+            raise ValueError(
+                "the ridge is too small beside the keys for float64; take a larger one"
+            )
+        self._lower = lower
+
+    def regression(self, values_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """The ridge regression of values on the keys, V K^T (K K^T + ridge I)^-1, as two factors.
+
+        Args:
+            values_RD: float64 values, one a row.
+
+        Returns:
+            (D, m) and (m, F) float64, m the smaller of R and F; their product is the update.
+
+        Raises:
+            ValueError: values hold infinities or NaNs.
+        """
+        require_finite(values_RD)
+        if self.is_dual:
+            return torch.cholesky_solve(values_RD, self._lower).T, self.keys
+        return values_RD.T @ self.keys, torch.cholesky_inverse(self._lower)
+
+    def divided(self, matrix_DF: Tensor) -> Tensor:
+        """M (K K^T + ridge I)^-1, (D, F) float64."""
+        if not self.is_dual:
+            return torch.cholesky_solve(matrix_DF.T, self._lower).T
+        along = torch.cholesky_solve(self.keys @ matrix_DF.T, self._lower).T @ self.keys
+        return (matrix_DF - along) / self.ridge
+
+
+def ridge_factors(keys_RF: Tensor, values_RD: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The regression of a `RidgeSystem`, with its arguments and errors."""
+    return RidgeSystem(keys_RF, ridge).regression(values_RD)
 
 
 def require_finite(*tensors: Tensor) -> None:

@@ -68,6 +68,7 @@ class TargetBatch:
         labels: (targets,) int64.
         rows: (targets,) int64, the row of the batch that each belongs to.
         weight: (targets,) float64, weight of each in its edit's loss.
+        smoothing: share of a target's probability that all tokens of the vocabulary have alike.
     """
 
     batch: TokenBatch
@@ -76,10 +77,15 @@ class TargetBatch:
     labels: Tensor
     rows: Tensor
     weight: Tensor
+    smoothing: float = 0.0
 
     @classmethod
     def of(
-        cls, batch: TokenBatch, rows: Sequence[TargetRow], device: torch.device
+        cls,
+        batch: TokenBatch,
+        rows: Sequence[TargetRow],
+        device: torch.device,
+        smoothing: float = 0.0,
     ) -> "TargetBatch":
         """Lay out the rows of a batch; `rows` are all that its index numbers.
 
@@ -100,6 +106,7 @@ class TargetBatch:
             torch.tensor([label for row in chosen for label in row.labels]).to(device),
             torch.arange(len(chosen)).repeat_interleave(counts).to(device),
             weights.repeat_interleave(counts).to(device),
+            smoothing,
         )
 
     def losses(self, model: EditableModel, states: Tensor) -> Tensor:
@@ -108,6 +115,20 @@ class TargetBatch:
         Args:
             states: (n, d) normed hidden states at `read`.
         """
-        likely = model.logits(states).log_softmax(-1)[self.slots, self.labels]
-        weighted = -likely * self.weight.to(likely.dtype)
-        return weighted.new_zeros(len(self.batch.index)).index_add(0, self.rows, weighted)
+        likely = model.logits(states).log_softmax(-1)
+        found = likely[self.slots, self.labels]
+        if self.smoothing:
+            alike = likely.mean(dim=-1)[self.slots]
+            found = (1.0 - self.smoothing) * found + self.smoothing * alike
+        return self._by_row(-found * self.weight.to(found.dtype))
+
+    def losses_and_misses(self, model: EditableModel, states: Tensor) -> Tensor:
+        """(rows, 2): unsmoothed `losses`, and weighted how many targets are not the likeliest."""
+        likely = model.logits(states).log_softmax(-1)
+        misses = likely.argmax(dim=-1)[self.slots] != self.labels
+        weight = self.weight.to(likely.dtype)
+        both = (-likely[self.slots, self.labels] * weight, misses * weight)
+        return torch.stack([self._by_row(one) for one in both], dim=1)
+
+    def _by_row(self, of_targets: Tensor) -> Tensor:
+        return of_targets.new_zeros(len(self.batch.index)).index_add(0, self.rows, of_targets)

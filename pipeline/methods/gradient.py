@@ -2,20 +2,34 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from pipeline.editing.calibration import BankGradients
 from pipeline.editing.descent import Step
 from pipeline.editing.gradients import Factors, TargetGradients, Tokens
 from pipeline.editing.targets import Read
-from pipeline.editing.update import Update
+from pipeline.editing.update import Change, EditedWeights
 from pipeline.methods.base import Method
 from pipeline.models.editable import EditableModel
 from pipeline.prompts import EditPrompts
 
 T = TypeVar("T")
 State = dict[str, Tensor]
+
+
+class LaidOut(Protocol):
+    """Edits as rows whose gradients can be taken again and again.
+
+    `keeps` says whether what lower blocks make of them is kept, and may be set before the first
+    time; `num_bytes` is what that takes.
+    """
+
+    keeps: bool
+
+    @property
+    def num_bytes(self) -> int: ...
 
 
 class GradientMethod(Method, ABC):
@@ -36,9 +50,23 @@ class GradientMethod(Method, ABC):
 
     def gradients(
         self, model: EditableModel, edits: Sequence[EditPrompts], max_tokens: int, *, keeps: bool
-    ) -> TargetGradients:
+    ) -> "LaidOut":
         """Lay out edits for their gradients, which are taken every epoch anew."""
         return TargetGradients(model, edits, self.layers, self.read, max_tokens, keeps)
+
+    def factors(
+        self, laid_out: Any, weights: EditedWeights, changes: Any
+    ) -> Factors | BankGradients:
+        """Take the gradients of edits.
+
+        Args:
+            laid_out: what `gradients` returned for them.
+            weights: the model's weights as the round before left them.
+            changes: what the steps so far have changed, as `Step.changes`; None before the first.
+        """
+        with weights.tried(changes or {}):
+            found: Factors = laid_out.factors(self.tokens)
+        return found
 
     def batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         """What each step of an epoch is of, in order."""
@@ -65,7 +93,7 @@ class Making(ABC):
     """A round's updates in the making."""
 
     @abstractmethod
-    def add(self, factors: Factors) -> None:
+    def add(self, factors: Any) -> None:
         """Take the factors of some edits of the next step."""
 
     @abstractmethod
@@ -77,5 +105,5 @@ class Making(ABC):
         """
 
     @abstractmethod
-    def finish(self) -> tuple[dict[int, Update], State]:
-        """The updates of all layers, and what the next round has to know (empty as a rule)."""
+    def finish(self) -> tuple[Mapping[int, Change], State]:
+        """The changes of all layers, and what the next round has to know (empty as a rule)."""

@@ -12,11 +12,15 @@ from typing import Any
 import yaml
 
 from pipeline.editing.values import ValueSettings
+from pipeline.editors import read_card
 from pipeline.errors import InputError
 from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec
 from pipeline.yaml_text import read_yaml
 
 EDITING_FILE = "editing.yaml"
+
+# How many of the last blocks were edited in the papers' experiments, whatever the model.
+_LAST_BLOCKS = {"mend": 3, "malmen": 6, "ke": 3}
 
 
 def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSpec, str]:
@@ -34,8 +38,13 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     text_config = config.get_text_config()
     published, source = _published(text_config, model_path)
     own = published.get("methods", {}).get(spec.method.name, {})
-    method = _merge(spec.method, _own_layers(spec.method, {**published.get("method", {}), **own}))
+    general = {} if spec.method.is_adapter else published.get("method", {})
+    given = _with_editor(spec.method)
+    open_ = _last_blocks(given, {**general, **own}, text_config)
+    method = _merge(given, _own_layers(given, open_))
     method = _all_layers(method, int(text_config.num_hidden_layers))
+    if method.is_adapter and method.layers is None:
+        method = method.model_copy(update={"layers": (int(text_config.num_hidden_layers) - 1,)})
     needed = _needed(method)
     if any(getattr(method, name) is None for name in needed):
         raise InputError(
@@ -101,6 +110,45 @@ def _all_layers(method: MethodSpec, num_blocks: int) -> MethodSpec:
     return method.model_copy(update={"layers": tuple(range(num_blocks))})
 
 
+def _with_editor(method: MethodSpec) -> MethodSpec:
+    """Settings that a trained editor, where one is named, has decided."""
+    own = method.trained
+    if own is None or own.editor is None:
+        return method
+    setting = f"method.{method.name}.editor"
+    card = read_card(own.editor, setting)
+    if card.kind != method.name:
+        raise InputError(f"{setting}: {own.editor} is an editor of {card.kind}")
+    if own.editor_sha256 not in (None, card.sha256):
+        raise InputError(
+            f"{setting}: {own.editor} is another editor than that of digest"
+            f" {own.editor_sha256}: it has {card.sha256}"
+        )
+    if method.layers not in (None, card.layers):
+        raise InputError(
+            f"method.layers: the editor {own.editor} is for {list(card.layers)}, not"
+            f" {list(method.layers or ())}; leave them out"
+        )
+    for name, value in card.settings.items():
+        if name in own.model_fields_set and getattr(own, name) != value:
+            raise InputError(
+                f"method.{method.name}.{name}: it is {value} in the editor {own.editor}; leave it"
+                " out"
+            )
+    place = {"editor": str(Path(own.editor).resolve()), "editor_sha256": card.sha256}
+    own = own.model_copy(update={**card.settings, **place})
+    return method.with_trained(own).model_copy(update={"layers": card.layers})
+
+
+def _last_blocks(method: MethodSpec, published: dict[str, Any], config: Any) -> dict[str, Any]:
+    """For a method that was published on the last blocks of every model, these."""
+    count = _LAST_BLOCKS.get(method.name)
+    if count is None:
+        return published
+    blocks = int(config.num_hidden_layers)
+    return {**published, "layers": list(range(max(0, blocks - count), blocks))}
+
+
 def _boundary_layers(method: MethodSpec) -> MethodSpec:
     """For BLUE the first and the last layer."""
     if not method.is_blue:
@@ -115,8 +163,12 @@ def _boundary_layers(method: MethodSpec) -> MethodSpec:
 
 
 def _bare_prompt(method: MethodSpec) -> MethodSpec:
-    """A gradient method takes the prompt alone unless it is given some; others draw contexts."""
-    if method.is_closed_form or method.is_locating or method.contexts is not None:
+    """Contexts are for values; most others take the prompt alone unless they are given some.
+
+    CaliNET trains on several phrasings of a fact, and neurons are agreed on by several.
+    """
+    takes_contexts = method.is_closed_form or method.is_locating or method.name == "calinet"
+    if takes_contexts or method.contexts is not None:
         return method
     return method.model_copy(update={"contexts": ("{}",)})
 
@@ -135,6 +187,8 @@ def _check_layers(method: MethodSpec, num_blocks: int) -> None:
             f"method.layers: {method.layers[-1]} does not exist; the model has blocks 0 to"
             f" {num_blocks - 1}"
         )
+    if method.name == "t_patcher" and len(method.layers) > 1:
+        raise InputError(f"method.layers: t_patcher patches one layer, not {list(method.layers)}")
     if method.value.loss_layer not in (None, num_blocks - 1):
         raise InputError(
             f"method.value.loss_layer: {method.value.loss_layer} is not the last block"

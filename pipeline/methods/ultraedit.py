@@ -46,12 +46,9 @@ class _Regression(Making):
         self._parts.append(factors)
 
     def step(self) -> Step:
-        losses = torch.cat([part.losses for part in self._parts])
-        layers = list(self._parts[0].keys)
-        keys = {layer: torch.cat([part.keys[layer] for part in self._parts]) for layer in layers}
-        gradients = {
-            layer: torch.cat([part.gradients[layer] for part in self._parts]) for layer in layers
-        }
+        joined = Factors.joined(self._parts)
+        losses, keys, gradients = joined.losses, joined.keys, joined.gradients
+        layers = list(keys)
         rows = {layer: torch.cat([keys[layer], gradients[layer]], dim=1) for layer in layers}
         self._moments = self._moments.with_rows(
             torch.cat(list(rows.values())), biased=self._settings.variance == "biased"

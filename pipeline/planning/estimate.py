@@ -8,7 +8,8 @@ import torch
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.tree import groups_of
-from pipeline.methods import build_gradient_method
+from pipeline.errors import InputError
+from pipeline.methods import build_adapter_method, build_gradient_method
 from pipeline.models.editable import resolve_device
 from pipeline.models.loading import load_tokenizer
 from pipeline.planning.memory import batch_size, estimate_memory, local_workers, update_bytes
@@ -73,6 +74,8 @@ def make_estimate(
         workers: numbers of workers to estimate for; the first one sets the memory.
     """
     spec, (device, _) = plan.spec, resolve_device()
+    if spec.train is not None:
+        raise InputError("train: trainings are not estimated; set train to null to plan an edit")
     model, tokenizer = outline(spec.model, device=device), load_tokenizer(spec.model)
     edits = sample_edits(plan, tokenizer)
     taken = expected_steps(spec) if steps is None else steps
@@ -82,6 +85,8 @@ def make_estimate(
         rate = measured_rate(spec, device, model.dtype)
     if spec.method.is_locating:
         moved = _moved_in_locating(plan, model)
+    elif spec.method.is_piecewise:
+        moved = _moved_adapters(plan, model, edits)
     elif spec.method.is_closed_form:
         moved = _moved(plan, model, len(work.covariance.shards))
     else:
@@ -96,7 +101,7 @@ def make_estimate(
             for count in workers
         },
         moved=moved,
-        stored=_stored(plan, model),
+        stored=_stored(plan, model, edits),
         memory=estimate_memory(
             plan, model, edits, workers[0], batch, computes_covariance=bool(work.covariance.shards)
         ),
@@ -187,6 +192,8 @@ def _seconds(
             found[name] += phase(work.generated[name], EFFICIENCY["generation"])
     if work.general:
         found["general"] = phase(work.general, EFFICIENCY["general"])
+    if work.memory.shards:
+        found["memory"] = phase([work.memory], EFFICIENCY["covariance"])
     if work.gradients:
         found["training"] = phase(work.gradients, EFFICIENCY["gradients"]) + crossing
         return {name: found[name] for name in _ORDER if name in found}
@@ -203,6 +210,7 @@ _ORDER = (
     "start",
     "covariance",
     "baseline",
+    "memory",
     "values",
     "attribution",
     "insertion",
@@ -275,13 +283,32 @@ def _moved_in_locating(plan: Plan, model: ModelOutline) -> Transfer:
     )
 
 
+def _moved_adapters(plan: Plan, model: ModelOutline, edits: Sequence[EditPrompts]) -> Transfer:
+    """Of a method that makes adapters: `keys` are its remembered queries, there and back."""
+    queries = build_adapter_method(plan.spec.method).num_queries * model.hidden_size * _FLOAT
+    return Transfer(
+        values=0,
+        keys=2 * queries,
+        updates=2 * _patch_bytes(plan, model, edits),
+        metrics=_num_scored(plan) * _METRICS_ROW_BYTES,
+        covariance=0,
+    )
+
+
 def _neuron_bytes(plan: Plan, model: ModelOutline) -> int:
     """Bytes of updates: two factors, a column and a row a neuron, as if all facts were alike."""
     entries = max(model.key_size(layer) for layer in plan.layers) + model.hidden_size
     return plan.num_requests * plan.spec.method.kn.most_neurons * entries * _FLOAT
 
 
-def _stored(plan: Plan, model: ModelOutline) -> dict[str, int]:
+def _patch_bytes(plan: Plan, model: ModelOutline, edits: Sequence[EditPrompts]) -> int:
+    """Of all patches of a job: key, value and query, and a bias."""
+    most = plan.spec.method.t_patcher.max_patches
+    patches = sum(min(len(edit.target), most) for edit in edits) / len(edits)
+    return int(plan.num_requests * patches * (3 * model.hidden_size + 1) * _FLOAT)
+
+
+def _stored(plan: Plan, model: ModelOutline, edits: Sequence[EditPrompts]) -> dict[str, int]:
     """Bytes of a run's parts; `edits`, `values`, `metrics`, `update` and a study's `keys`."""
     d = model.hidden_size
     sizes = [model.key_size(layer) for layer in plan.layers]
@@ -293,6 +320,13 @@ def _stored(plan: Plan, model: ModelOutline) -> dict[str, int]:
     if plan.spec.method.is_locating:
         attributions = plan.num_requests * _CANDIDATES * _CANDIDATE_STORED_BYTES
         return {**found, "attributions": attributions, "update": _neuron_bytes(plan, model)}
+    if plan.spec.method.is_piecewise:
+        size = _patch_bytes(plan, model, edits)
+        return {**found, "update": size, "piece": size}
+    if plan.spec.method.name == "calinet":
+        matrices = 3 if plan.spec.method.calinet.gated else 2
+        slots = plan.spec.method.calinet.slots * len(rounds) * len(sizes)
+        return {**found, "update": slots * matrices * d * _FLOAT}
     if not plan.spec.method.is_closed_form:
         return {**found, "update": len(rounds) * sum(f * d * _FLOAT for f in sizes)}
     found["values"] = plan.num_requests * len(plan.stages) * d * _FLOAT

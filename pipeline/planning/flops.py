@@ -146,6 +146,37 @@ def attribution_flops(
     return total
 
 
+def patch_flops(
+    size: ModelSize,
+    edits: Sequence[EditPrompts],
+    layer: int,
+    steps: float,
+    patches: Sequence[int],
+    query_entries: int,
+) -> float:
+    """FLOP of training patches beside a block (T-Patcher), summed over edits.
+
+    What lies below the block runs once. Every step goes forwards and backwards from there; in the
+    last block only its MLP and the vocabulary run, where the loss is read.
+
+    Args:
+        size: the model's.
+        edits: tokenised requests.
+        layer: the block.
+        steps: steps of an edit.
+        patches: of each edit.
+        query_entries: numbers in all remembered queries together.
+    """
+    total, is_last = 0.0, layer == len(size.blocks) - 1
+    for edit, count in zip(edits, patches, strict=True):
+        tokens = sum(len(row.ids) + len(edit.target) - 1 for row in edit.rewrites)
+        read = len(edit.target) * len(edit.rewrites)
+        inside = 0.0 if is_last else (size.above(layer - 1) - size.mlps[-1]) * tokens
+        a_step = inside + (size.mlps[-1] + size.unembedding) * read + count * query_entries
+        total += 2.0 * size.up_to(layer) * tokens + 4.0 * steps * a_step
+    return total
+
+
 def key_flops(size: ModelSize, edits: Sequence[EditPrompts], layers: Sequence[int]) -> float:
     """FLOP of keys and residuals: all prompts to the last layer once, bare ones again a layer.
 

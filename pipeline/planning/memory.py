@@ -9,6 +9,7 @@ from pipeline.cluster.plan import Plan
 from pipeline.cluster.reducer import KEPT_BYTES
 from pipeline.cluster.worker import EDITS_PER_BATCH
 from pipeline.editing.memory import free_bytes, value_bytes, value_parts
+from pipeline.methods import build_adapter_method
 from pipeline.models.editable import resolve_device
 from pipeline.models.placement import Part, parts_of
 from pipeline.planning.outline import ModelOutline
@@ -63,6 +64,9 @@ def estimate_memory(
         "activations of a value batch": activations,
         "hidden states and keys": int(min(kept, plan.spec.cluster.hidden_states_gb * 1e9)),
     }
+    if plan.spec.method.is_piecewise:
+        queries = build_adapter_method(plan.spec.method).num_queries
+        worker["remembered queries"] = queries * d * _WIDE
     if computes_covariance:
         worker["covariance sums"] = sum(size * size for size in sizes) * _DOUBLE
     gpus = plan.spec.cluster.gpus_per_worker

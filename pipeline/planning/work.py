@@ -17,7 +17,7 @@ from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.training import EDITS_OF_A_PIECE
 from pipeline.evaluation.packing import Layout, encode_probes
 from pipeline.evaluation.probes import Probe
-from pipeline.methods import build_gradient_method, build_method
+from pipeline.methods import build_adapter_method, build_gradient_method, build_method
 from pipeline.planning.flops import (
     ModelSize,
     attribution_flops,
@@ -25,6 +25,7 @@ from pipeline.planning.flops import (
     factor_flops,
     gradient_flops,
     key_flops,
+    patch_flops,
     reduce_flops,
     scoring_flops,
     value_flops,
@@ -80,8 +81,10 @@ class Work:
         covariance: one pass over the corpus; empty where `covariance.path` holds every layer.
         covariance_tokens: tokens of that pass.
         steps: steps that an edit is taken to need.
-        gradients: of every step of every round, of a method that works on them.
+        gradients: of every step of every round, of a method that works on them; of every round's
+            pieces, of one that makes adapters.
         attribution: of every round, of a method that looks for neurons.
+        memory: one pass over the texts whose queries are remembered.
     """
 
     values: tuple[Pieces, ...]
@@ -96,6 +99,7 @@ class Work:
     steps: float = 0.0
     gradients: tuple[Pieces, ...] = ()
     attribution: tuple[Pieces, ...] = ()
+    memory: Pieces = Pieces(())
 
 
 def count_work(
@@ -117,6 +121,8 @@ def count_work(
     size, layers = ModelSize.of(model), plan.layers
     if plan.spec.method.is_locating:
         return _attribution_work(plan, model, size, tokenizer, edits)
+    if plan.spec.method.is_piecewise:
+        return _adapter_work(plan, model, size, tokenizer, edits)
     if not plan.spec.method.is_closed_form:
         return _gradient_work(plan, model, size, tokenizer, edits)
     taken, stages = [steps] * len(edits), plan.stages
@@ -220,6 +226,38 @@ def _attribution_work(
         general=_general(plan, size, tokenizer),
         steps=asked.steps,
         attribution=_pieces([of_fact], counts),
+    )
+
+
+def _adapter_work(
+    plan: Plan,
+    model: ModelOutline,
+    size: ModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[EditPrompts],
+) -> Work:
+    """What a plan of T-Patcher computes, if an edit ends soon after it may."""
+    method = build_adapter_method(plan.spec.method)
+    settings, layer = plan.spec.method.t_patcher, method.layers[0]
+    steps = min(settings.steps, settings.least_steps + settings.check_every)
+    patches = [min(len(edit.target), settings.max_patches) for edit in edits]
+    entries = settings.memory_queries * model.hidden_size
+    total = patch_flops(size, edits, layer, steps, patches, entries)
+    rounds = [[r for shard in shards for r in shard.items] for shards in plan.rounds.shards]
+    cut = [cut_shards(items, method.edits_of_a_piece) for items in rounds]
+    counts = [[len(piece.items) for piece in pieces] for pieces in cut]
+    scored, generated = _evaluation(plan, model, size, tokenizer)
+    return Work(
+        values=(),
+        keys=(),
+        merge=0.0,
+        apply=0.0,
+        scored=scored,
+        generated=generated,
+        general=_general(plan, size, tokenizer),
+        steps=steps,
+        gradients=_pieces([total / len(edits)], counts),
+        memory=Pieces((2.0 * size.up_to(layer) * method.num_queries,)),
     )
 
 

@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.places import below, located
 from pipeline.printable import one_line
 from pipeline.report import (
+    figures_learning,
     figures_model,
     figures_neurons,
     figures_scores,
@@ -30,6 +31,7 @@ from pipeline.report.status import headline
 from pipeline.report.style import Picture
 from pipeline.report.tables import Table
 from pipeline.report.trace_summary import check_trace, proposal_said
+from pipeline.report.training_summary import check_training, validation_said
 from pipeline.results.atomic import write_atomically
 from pipeline.results.reading import Run, read
 from pipeline.results.remote import writing_into
@@ -105,21 +107,28 @@ def write_page(title: str, every: Iterable[Section], place: str | Path) -> Path 
 
 
 def _content(runs: Sequence[Run]) -> tuple[str, Iterator[Section]]:
-    """Title and sections: of editing runs side by side, or of one trace."""
-    traces = [_is_trace(run) for run in runs]
-    if any(traces):
-        if len(runs) > 1:
-            place = runs[traces.index(True)].place
-            raise InputError(f"{place} is a causal trace; report on it alone")
-        return one_line(str(runs[0].summary["name"]), _LONGEST_LABEL), _trace_sections(runs[0])
+    """Title and sections: of editing runs side by side, or of one trace or training."""
+    for run in runs:
+        if _has_group(run, "assess"):
+            raise InputError(
+                f"{run.place} is an assessment of facts, which has no report; `editfleet summary`"
+                " shows it, and assessment/ holds its rows"
+            )
+        for group, (what, made) in _ALONE.items():
+            if not _has_group(run, group):
+                continue
+            if len(runs) > 1:
+                raise InputError(f"{run.place} is {what}; report on it alone")
+            return one_line(str(run.summary["name"]), _LONGEST_LABEL), made(run)
     found = [find(run) for run in runs]
     labelled = list(zip(labels(found), found, strict=True))
     return ", ".join(label for label, _ in labelled), _sections(labelled)
 
 
-def _is_trace(run: Run) -> bool:
+def _has_group(run: Run, group: str) -> bool:
+    """Whether a run's spec has a group that is null in most."""
     spec = run.manifest.get("spec")
-    return isinstance(spec, dict) and spec.get("trace") is not None
+    return isinstance(spec, dict) and spec.get(group) is not None
 
 
 def _trace_sections(run: Run) -> Iterator[Section]:
@@ -134,6 +143,26 @@ def _trace_sections(run: Run) -> Iterator[Section]:
     yield Section("facts", "Single facts", figures_trace.facts(run))
     settings = figures_trace.settings_table(settings_of(run))
     yield Section("settings", "Settings", tables=[settings])
+
+
+def _training_sections(run: Run) -> Iterator[Section]:
+    found = check_training(run.summary)
+    yield Section(
+        "summary",
+        "Training of an editor",
+        [figures_learning.curves(run)],
+        [figures_learning.requests_table(found)],
+        [validation_said(found.training)],
+    )
+    settings = figures_learning.settings_table(settings_of(run))
+    yield Section("settings", "Settings", tables=[settings])
+
+
+# Jobs that edit nothing: the group of settings that makes them, and their page.
+_ALONE: dict[str, tuple[str, Callable[[Run], Iterator[Section]]]] = {
+    "trace": ("a causal trace", _trace_sections),
+    "train": ("the training of an editor", _training_sections),
+}
 
 
 def _sections(labelled: list[tuple[str, Findings]]) -> Iterator[Section]:

@@ -1,7 +1,7 @@
 """How far a run is: what is done, what is left, what failed, and whether a driver works on it."""
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -131,7 +131,8 @@ def _parts(status: RunStatus) -> Iterator[str | Table]:
     yield from (f"damaged: {line}" for line in status.damaged)
     if status.state not in ("finished", "running"):
         command = "edit" if status.begun.spec.get("rounds") is None else "sequential"
-        command = "trace" if status.begun.spec.get("trace") is not None else command
+        for other in ("trace", "train", "assess"):
+            command = other if status.begun.spec.get(other) is not None else command
         yield f"`editfleet {command}` with the same spec goes on with this run"
 
 
@@ -146,8 +147,22 @@ def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
         failed = {case_id: why for part in parts for case_id, why in part.failed.items()}
         return Phase(name, len(parts), total, unit, rows, failed)
 
+    def of_edits() -> Phase:
+        from pipeline.methods import build_adapter_method  # imports torch
+
+        kind = build_adapter_method(spec.method).table
+        parts = of_parts("training", kind, rounds, begun.requests.accepted, "edits")
+        return replace(parts, done=(parts.rows or 0) + len(parts.failed))
+
     if spec.trace is not None:
         return (of_parts("trace", "trace", [-1], begun.plan.shards),)
+    if spec.train is not None:
+        steps = max((part.round for part in store.parts("checkpoint")), default=0)
+        # Early stopping leaves none to do.
+        total = steps if begun.status == "finished" else spec.train.steps
+        return (Phase("training", steps, total, "steps"),)
+    if spec.assess is not None:
+        return (of_parts("assessment", "assessment", [-1], begun.plan.shards),)
     assert spec.method.layers is not None
     updates, probe_shards = len(store.parts("update")), begun.plan.probe_shards
     value_shards = begun.plan.shards * len(spec.method.stages)
@@ -155,6 +170,8 @@ def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
         first = of_parts("attribution", "attributions", rounds, begun.plan.shards)
     elif spec.method.is_closed_form:
         first = of_parts("values", "values", rounds, value_shards)
+    elif spec.method.is_piecewise:
+        first = of_edits()
     else:
         first = of_parts("training", "training", rounds, len(rounds), "rounds")
     found = [

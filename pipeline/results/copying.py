@@ -24,6 +24,8 @@ Item = TypeVar("Item")
 _AT_ONCE = 8
 BESIDE = ("summary.json", ROUNDS, TIMINGS)
 """What a driver writes beside the parts; readers go by it, and no result depends on it."""
+DIRECTORIES = ("model", "editor")
+"""Folders of a run that are there whole or not at all, and are no parts."""
 # What manifest.json says from the beginning of a run to its end.
 _LASTING = ("started", "spec_sha256", "requests", "model", "covariance")
 
@@ -222,10 +224,12 @@ def _replace(
     for name in BESIDE:
         (copy / name).unlink(missing_ok=True)
     bring_files(objects, copy, [name for name in (*BESIDE, PLAN) if name in sizes])
-    shutil.rmtree(copy / "model", ignore_errors=True)
-    if _is_finished(manifest):
-        # Before that it may be there in part.
-        bring_files(objects, copy, [name for name in sizes if name.startswith("model/")])
+    for directory in DIRECTORIES:
+        shutil.rmtree(copy / directory, ignore_errors=True)
+        if _is_finished(manifest):
+            # Before that it may be there in part.
+            names = [name for name in sizes if name.startswith(f"{directory}/")]
+            bring_files(objects, copy, names)
 
 
 def _is_finished(manifest: bytes) -> bool:

@@ -14,12 +14,23 @@ from pipeline.results.damage import first_problem
 log = logging.getLogger(__name__)
 
 TableKind = Literal[
-    "edits", "values", "metrics", "general", "trace", "training", "attributions", "neurons"
+    "edits",
+    "values",
+    "metrics",
+    "general",
+    "trace",
+    "training",
+    "attributions",
+    "neurons",
+    "patches",
+    "assessment",
 ]
-TensorKind = Literal["update", "keys", "state"]
+TensorKind = Literal["update", "keys", "state", "checkpoint", "piece"]
 Kind = Literal[
     "edits",
     "values",
+    "patches",
+    "piece",
     "metrics",
     "update",
     "general",
@@ -29,9 +40,12 @@ Kind = Literal[
     "state",
     "attributions",
     "neurons",
+    "checkpoint",
+    "assessment",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _TENSOR_KINDS: tuple[TensorKind, ...] = get_args(TensorKind)
+_OF_THE_UNEDITED: tuple[TableKind, ...] = ("metrics", "general", "trace", "assessment")
 
 _Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 _Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -47,9 +61,15 @@ def table_part_name(kind: TableKind, round: int, shard: int) -> str:
 
 
 def tensors_name(kind: TensorKind, round: int, layer: int) -> str:
-    """Name of a layer's update, of its keys and residuals, or of a round's state."""
+    """Name of a layer's update, of its keys and residuals, of a round's state, of a checkpoint.
+
+    A checkpoint has the number of its steps for a round, and layer 0. Of a piece of a round's
+    adapters, `layer` is its number.
+    """
     if kind == "update":
         return f"updates/round={round:05d}/layer-{layer:05d}.safetensors"
+    if kind == "piece":
+        return f"pieces/round={round:05d}/piece-{layer:05d}.safetensors"
     return f"{kind}/round={round:05d}/layer={layer:03d}.safetensors"
 
 
@@ -58,8 +78,8 @@ class Part(BaseModel):
 
     A Parquet part has `rows`, `shard` and `weight_version` (how many updates the model held), and
     `failed`: the requests of its shard that have no row because they failed, case_id -> reason.
-    An update has `layer`, and so have keys and states. A line with `withdrawn` unlists the name
-    again.
+    An update has `layer`, and so have keys, states and checkpoints, and pieces their number. A line
+    with `withdrawn` unlists the name again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -87,9 +107,9 @@ class Part(BaseModel):
             if self.shard is None or None in table_fields or self.layer is not None:
                 raise ValueError("a part has a shard, rows and weight_version and no layer")
             expected = table_part_name(cast("TableKind", self.kind), self.round, self.shard)
-        if self.round == -1 and self.kind not in ("metrics", "general", "trace"):
+        if self.round == -1 and self.kind not in _OF_THE_UNEDITED:
             raise ValueError(
-                "only metrics, general and trace can have round -1, the unedited model"
+                f"only {', '.join(_OF_THE_UNEDITED)} can have round -1, the unedited model"
             )
         # This also keeps every name inside the run directory.
         if self.name != expected:

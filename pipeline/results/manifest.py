@@ -59,6 +59,13 @@ class CovarianceDigests(_Part):
     directory: str
 
 
+class Queries(_Part):
+    """What a method remembers of the unedited model: how many queries, and their SHA-256."""
+
+    count: _Count
+    sha256: str
+
+
 class Workers(_Part):
     """Where the workers ran."""
 
@@ -87,6 +94,7 @@ class Begun(_Part):
     held_out: HeldOut | None = None
     model: Model
     covariance: CovarianceDigests | None = None
+    queries: Queries | None = None
     workers: Workers
     versions: dict[str, str | None]
     seconds: dict[str, float] = {}

@@ -16,6 +16,7 @@ from pipeline.errors import JobFailedError
 from pipeline.results.claim import Claim
 from pipeline.results.copying import (
     BESIDE,
+    DIRECTORIES,
     CopyNote,
     Published,
     at_once,
@@ -228,7 +229,8 @@ class Mirror:
 
     def _files(self) -> list[Path]:
         """The files that a driver writes beside the parts."""
-        found = [*(self.copy / "model").rglob("*"), *(self.copy / name for name in BESIDE)]
+        whole = [path for name in DIRECTORIES for path in (self.copy / name).rglob("*")]
+        found = [*whole, *(self.copy / name for name in BESIDE)]
         return [path for path in found if path.is_file()]
 
     def _send_file(self, path: Path) -> None:

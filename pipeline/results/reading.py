@@ -115,6 +115,14 @@ class Run:
         """Return one row a fact and neuron that its prompts agree on, as a table or a frame."""
         return self._table("neurons", as_)
 
+    def patches(self, as_: Frame = "arrow") -> Any:
+        """Return one row an edit of T-Patcher, as a `pyarrow.Table` or a data frame."""
+        return self._table("patches", as_)
+
+    def assessment(self, as_: Frame = "arrow") -> Any:
+        """Return one row a fact that was assessed, as a `pyarrow.Table` or a data frame."""
+        return self._table("assessment", as_)
+
     def harness(self, as_: Frame = "arrow") -> Any:
         """Return what `editfleet harness` left, a row a metric, as a table or a data frame.
 

@@ -15,6 +15,8 @@ SCHEMA_VERSION = 1
 STATUSES = ("applied", "rejected", "conflict", "failed")
 PROBES = ("rewrite", "paraphrase", "neighborhood", "locality", "portability", "generation")
 
+SPLITS = ("train", "validation")
+
 MEASURES = (
     "nll",
     "perplexity",
@@ -159,11 +161,21 @@ TRAINING = pa.schema(
         _required("edits", pa.int32()),
         _required("loss", pa.float32()),
         _required("seconds", pa.float32()),
+        pa.field("split", pa.string()),
+        pa.field("edit_loss", pa.float32()),
+        pa.field("locality_loss", pa.float32()),
+        pa.field("success", pa.float32()),
     ],
     metadata=_FOOTER,
 )
 """One row a step of a gradient method. `loss` is the mean over its `edits` before the step, in nats
-a target token; `step` counts within the epoch."""
+a target token; `step` counts within the epoch.
+
+In the training of an editor a row is a step (`split` train) or a measurement after a step
+(validation). `loss` is what is made small, the mean over `edits` examples; `edit_loss` and
+`locality_loss` are what it is made of, before their weights; `success` is the share of examples
+whose answer the edited model gives. `step` counts from 0, `epoch` how often the requests were gone
+through. Null elsewhere, and where an editor does not define it."""
 
 SURVEY = pa.schema(
     [
@@ -221,6 +233,48 @@ NEURONS = pa.schema(
 """One row a fact and neuron that its prompts agree on. `shared_by` is the share of the relation's
 other facts in the round that have it, too, which decides whether it is edited."""
 
+PATCHES = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        _required("layer", pa.int32()),
+        _required("patches", pa.int32()),
+        _required("steps", pa.int32()),
+        _required("edit_loss", pa.float32()),
+        _required("activation_loss", pa.float32()),
+        _required("memory_loss", pa.float32()),
+        _required("difference_loss", pa.float32()),
+        pa.field("least_activation", pa.float32()),
+        pa.field("greatest_memory", pa.float32()),
+        _required("target_probability", pa.float32()),
+        _required("seconds", pa.float32()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row an edit of T-Patcher: its `patches` and how they ended (`editing/patching.py`). Losses
+are without their weights, `edit_loss` in nats a target token; `least_activation` is the least inner
+value of a patch at its own token, `greatest_memory` the greatest one at a watched query."""
+
+ASSESSMENT = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        pa.field("relation_id", pa.string()),
+        _required("subject", pa.string()),
+        _required("prompt", pa.string()),
+        _required("object", pa.string()),
+        _required("contrasts", pa.list_(pa.string())),
+        _required("probability", pa.float64()),
+        _required("contrastive", pa.float64()),
+        pa.field("score", pa.float64()),
+        _required("is_held", pa.bool_()),
+    ],
+    metadata=_FOOTER,
+)
+"""One row a fact: the probability of its `object` behind its own `prompt`, the mean behind prompts
+of other relations (`contrasts`), and their ratio (`pipeline.evaluation.knowledge`), which is null
+where it is 0 / 0. `round` is -1, the unedited model."""
+
 HARNESS = pa.schema(
     [
         _required("round", pa.int32()),
@@ -254,6 +308,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "survey": SURVEY,
     "attributions": ATTRIBUTIONS,
     "neurons": NEURONS,
+    "patches": PATCHES,
+    "assessment": ASSESSMENT,
     "harness": HARNESS,
 }
 
@@ -264,6 +320,7 @@ _ALLOWED_VALUES = {
     ("survey", "setting"): ("single", "batch", "sequence"),
     ("survey", "status"): ("done", "impossible", "failed"),
     ("trace", "kind"): KINDS,
+    ("training", "split"): SPLITS,
     ("trace", "token_class"): TOKEN_CLASSES,
 }
 
@@ -339,6 +396,9 @@ def _check_content(kind: str, table: pa.Table) -> None:
         if column.null_count and not field.nullable:
             raise TypeError(f"{kind} rows: column {field.name} has {column.null_count} nulls")
         allowed = _ALLOWED_VALUES.get((kind, field.name))
-        if allowed and not pc.all(pc.is_in(column, pa.array(allowed)), min_count=0).as_py():
-            found = sorted(set(column.to_pylist()) - set(allowed))
+        if not allowed:
+            continue
+        known = pc.is_in(column.drop_null(), pa.array(allowed))
+        if not pc.all(known, min_count=0).as_py():
+            found = sorted(set(column.drop_null().to_pylist()) - set(allowed))
             raise TypeError(f"{kind} rows: {field.name} is {found[0]!r}, expected one of {allowed}")

@@ -1,4 +1,4 @@
-"""What a method knows of the rounds so far, on disk: some tensors a round."""
+"""What a method knows of the rounds so far, and checkpoints of a training: tensors on disk."""
 
 from pathlib import Path
 
@@ -15,8 +15,14 @@ def write_state(store: RunStore, state: dict[str, Tensor], *, round: int, layer:
     return store.write_tensors("state", state, round=round, layer=layer, metadata=described)
 
 
+def write_checkpoint(store: RunStore, state: dict[str, Tensor], *, steps: int) -> str:
+    """Write what a training needs to go on after so many steps; return the name."""
+    described = {"steps": str(steps)}
+    return store.write_tensors("checkpoint", state, round=steps, layer=0, metadata=described)
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a round's state.
+    """Read a round's state, or a checkpoint.
 
     Raises:
         ResultsDamagedError: the file holds no tensors.

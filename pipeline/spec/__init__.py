@@ -1,5 +1,6 @@
 """The one definition of every setting, its default, its bounds and its help text."""
 
+from pipeline.spec.assess import AssessSpec
 from pipeline.spec.groups import (
     ClusterSpec,
     CovarianceSpec,
@@ -17,8 +18,10 @@ from pipeline.spec.method import MethodSpec, ValueSpec
 from pipeline.spec.rounds import RoundsSpec
 from pipeline.spec.survey import SurveySpec
 from pipeline.spec.trace import TraceSpec
+from pipeline.spec.train import TrainSpec
 
 __all__ = [
+    "AssessSpec",
     "ClusterSpec",
     "CovarianceSpec",
     "DataType",
@@ -33,6 +36,7 @@ __all__ = [
     "RoundsSpec",
     "SurveySpec",
     "TraceSpec",
+    "TrainSpec",
     "ValueSpec",
     "load_spec",
     "parse_spec",

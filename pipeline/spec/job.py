@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from pipeline.places import copy_directory, is_url
 from pipeline.setting_types import Seed
+from pipeline.spec.assess import AssessSpec
 from pipeline.spec.compare import CompareSpec
 from pipeline.spec.groups import (
     ClusterSpec,
@@ -23,6 +24,7 @@ from pipeline.spec.part import Part
 from pipeline.spec.rounds import RoundsSpec
 from pipeline.spec.survey import SurveySpec
 from pipeline.spec.trace import TraceSpec
+from pipeline.spec.train import TrainSpec
 
 _LONGEST_SHOWN = 200
 
@@ -49,6 +51,10 @@ class JobSpec(Part):
     """Causal tracing (`editfleet trace`), which edits nothing; null in every other job."""
     survey: SurveySpec | None = None
     """Models, editors and data sets to compare (`editfleet survey`); null in every other job."""
+    train: TrainSpec | None = None
+    """Training of an editor (`editfleet train`), which edits nothing; null in every other job."""
+    assess: AssessSpec | None = None
+    """Assessment of facts (`editfleet assess`), which edits nothing; null in every other job."""
     output: OutputSpec = OutputSpec()
     seed: Seed = 0
     """Seed of everything that is drawn: generated contexts, the covariance's texts."""

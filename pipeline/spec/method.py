@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.setting_types import Finite, NonNegative, Positive, Text
 from pipeline.spec.part import Part
+from pipeline.spec.trained import KnowledgeEditorSpec, MalmenSpec, MendSpec, TrainedSpec
 
 
 class ValueSpec(Part):
@@ -35,12 +36,29 @@ class ValueSpec(Part):
 
 
 MethodName = Literal[
-    "memit", "memit_accumulated", "emmet", "pmet", "alphaedit", "rome", "ft", "ultraedit", "kn"
+    "memit",
+    "memit_accumulated",
+    "emmet",
+    "pmet",
+    "alphaedit",
+    "rome",
+    "ft",
+    "ultraedit",
+    "kn",
+    "mend",
+    "malmen",
+    "ke",
+    "t_patcher",
+    "calinet",
 ]
-GRADIENT_METHODS = frozenset({"ft", "ultraedit"})
+GRADIENT_METHODS = frozenset({"ft", "ultraedit", "mend", "malmen", "ke", "calinet"})
 """Methods that make updates from gradients of the target's loss, without values and covariances."""
 LOCATING_METHODS = frozenset({"kn"})
 """Methods that look for the neurons of every fact, and change those alone."""
+PIECEWISE_METHODS = frozenset({"t_patcher"})
+"""Methods that make an adapter of each edit by itself."""
+ADAPTER_METHODS = PIECEWISE_METHODS | {"calinet"}
+"""Methods that put modules beside the weights, which stay as they are."""
 Wrapper = Literal["merge", "nas", "rect", "prune", "blue"]
 
 
@@ -184,18 +202,91 @@ class KnowledgeNeuronsSpec(Part):
         return self
 
 
+class TPatcherSpec(Part):
+    """T-Patcher (arXiv 2301.09785)."""
+
+    max_patches: Positive = 5
+    """Patches of an edit at most: its first wrong target tokens get one each."""
+    memory_queries: NonNegative = 40_000
+    """Inputs of the patched network, of `covariance.corpus` on the unedited model, at which patches
+    shall stay silent; 0 remembers none."""
+    watched_queries: NonNegative = 4_000
+    """As many more, which are not trained on and tell when to stop."""
+    update_memory: bool = True
+    """Remember the inputs that patches were made at in the rounds after."""
+    form: Literal["exp-topk", "margin"] = "exp-topk"
+    """Losses as the mean of the exponentials of the greatest terms, or as the mean of the positive
+    terms."""
+    activation_threshold: Finite = 0.0
+    """A patch's inner value at its own token shall be above this (l_a)."""
+    activation_weight: Annotated[Finite, Field(ge=0)] = 1.0
+    """Weight of l_a."""
+    activation_top: Positive = 5
+    """Terms of l_a at most."""
+    memory_threshold: Finite = -3.0
+    """Inner values at remembered queries shall be below this (l_m1, beta)."""
+    memory_weight: Annotated[Finite, Field(ge=0)] = 5.0
+    """Weight of l_m1."""
+    difference_threshold: Finite = -3.0
+    """They shall be below the value at the patch's own token plus this (l_m2, gamma)."""
+    difference_weight: Annotated[Finite, Field(ge=0)] = 5.0
+    """Weight of l_m2."""
+    memory_top: Positive = 1000
+    """Terms of l_m1 and l_m2, for each patch."""
+    label_smoothing: Annotated[Finite, Field(ge=0, lt=1)] = 0.0
+    """Share of the target's loss that all tokens of the vocabulary have alike."""
+    value_scale: Annotated[Finite, Field(gt=0)] = 10.0
+    """A patch's value begins as this times a standard normal vector; both are trained."""
+    learning_rate: Annotated[Finite, Field(gt=0)] = 1e-2
+    """Adam's learning rate, halved where an edit's loss is stuck at a check."""
+    weight_decay: Annotated[Finite, Field(ge=0)] = 1e-2
+    """Adam's weight decay (added to the gradient)."""
+    clip_norm: Annotated[Finite, Field(gt=0)] = 5.0
+    """Norm that an edit's gradient is cut to."""
+    steps: Positive = 2000
+    """Steps of an edit at most."""
+    least_steps: NonNegative = 100
+    """From here on an edit ends at a check at which its target is predicted and its loss on the
+    watched queries gains no more."""
+    check_every: Positive = 25
+    """Steps between checks."""
+
+
+class CaliNetSpec(Part):
+    """CaliNET (arXiv 2210.03329)."""
+
+    slots: Positive = 64
+    """Neurons that a round adds beside each of `layers`."""
+    gated: bool = False
+    """Give every neuron a gate, act(q.g) (q.k), instead of act(q.k)."""
+    epochs: Positive = 300
+    """Times that every edit is gone through at most."""
+    batch_size: Positive = 512
+    """Edits of one step."""
+    learning_rate: Annotated[Finite, Field(gt=0)] = 1e-2
+    """Adam's learning rate."""
+    stop_loss: Annotated[Finite, Field(ge=0)] = 2e-2
+    """A step is left out where its mean loss is below this, and an epoch's mean below it is the
+    end."""
+    kl_weight: Annotated[Finite, Field(ge=0)] = 0.0
+    """Weight of the KL divergence from the model of the round before at the tokens of "{subject} is
+    a"; the published loss has no such term."""
+    seed: NonNegative = 1
+    """Seed of the keys and gates."""
+
+
 class MethodSpec(Part):
     """How to edit. Settings left null come from the model's published defaults."""
 
     name: MethodName = "memit"
-    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft, ultraedit or kn;
-    docs/methods.md."""
+    """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft, ultraedit, kn,
+    mend, malmen, ke, t_patcher or calinet; docs/methods.md."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is put around it, in this order: merge and nas on values; rect and prune on updates;
     blue, wherever it stands, on the layers."""
     layers: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
     """Blocks whose MLP down-projection is edited, ascending; of these blue takes the first and the
-    last."""
+    last. Of a method that puts modules beside the MLP, the blocks where; null is the last one."""
     covariance_weight: Annotated[Finite, Field(gt=0)] | None = None
     """Lambda in (lambda C + K K^T): how strongly old keys are protected."""
     norm_penalty: Annotated[Finite, Field(ge=0)] = 0.0
@@ -218,11 +309,27 @@ class MethodSpec(Part):
     ft: FineTuningSpec = FineTuningSpec()
     ultraedit: UltraEditSpec = UltraEditSpec()
     kn: KnowledgeNeuronsSpec = KnowledgeNeuronsSpec()
+    mend: MendSpec = MendSpec()
+    malmen: MalmenSpec = MalmenSpec()
+    ke: KnowledgeEditorSpec = KnowledgeEditorSpec()
+
+    t_patcher: TPatcherSpec = TPatcherSpec()
+    calinet: CaliNetSpec = CaliNetSpec()
+
+    @property
+    def trained(self) -> TrainedSpec | None:
+        """The method's own settings, if its editor is trained first."""
+        own = getattr(self, self.name, None)
+        return own if isinstance(own, TrainedSpec) else None
+
+    def with_trained(self, own: TrainedSpec) -> "MethodSpec":
+        """The same with other settings of its own."""
+        return self.model_copy(update={self.name: own})
 
     @property
     def is_closed_form(self) -> bool:
         """Whether values are searched and solved for, with the covariance of keys."""
-        return self.name not in GRADIENT_METHODS | LOCATING_METHODS
+        return self.name not in GRADIENT_METHODS | LOCATING_METHODS | PIECEWISE_METHODS
 
     @property
     def is_locating(self) -> bool:
@@ -233,6 +340,16 @@ class MethodSpec(Part):
     def writes_targets(self) -> bool:
         """Whether the new answers are to become likelier."""
         return not (self.is_locating and self.kn.operation != "update")
+
+    @property
+    def is_piecewise(self) -> bool:
+        """Whether an adapter is made of each edit by itself."""
+        return self.name in PIECEWISE_METHODS
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether modules are put beside the weights, which stay as they are."""
+        return self.name in ADAPTER_METHODS
 
     @property
     def uses_covariance_weight(self) -> bool:
@@ -284,8 +401,13 @@ class MethodSpec(Part):
             if of_values:
                 raise ValueError(
                     f"wrappers: {of_values[0]} changes how values are found, and {self.name} has no"
-                    " values; it takes rect and prune"
+                    f" values; it takes {'none' if self.is_adapter else 'rect and prune'}"
                 )
+        if self.is_adapter and self.wrappers:
+            raise ValueError(
+                f"wrappers: {self.wrappers[0]} acts on updates of weights, and {self.name} makes"
+                " none"
+            )
         for context in self.contexts or ():
             if context.count("{}") != 1:
                 raise ValueError(f"contexts: {context!r} must hold {{}} exactly once")

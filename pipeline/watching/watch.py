@@ -20,6 +20,8 @@ _PHASES = {
     "gradients": "training",
     "attribute": "attribution",
     "change_neurons": "insertion",
+    "adapt": "training",
+    "queries": "memory",
     "covariance": "covariance",
     "value_lengths": "anchor",
     "evaluate": "evaluation",

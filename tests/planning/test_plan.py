@@ -152,3 +152,19 @@ def test_a_gradient_method_is_planned_by_its_epochs(tiny: TinyJobs, tmp_path: Pa
     assert often.seconds[1]["training"] == pytest.approx(10 * once.seconds[1]["training"], rel=0.2)
     assert often.moved.updates == 10 * once.moved.updates and often.moved.values == 0
     assert once.stored == often.stored and "values" not in once.stored
+
+
+def test_patches_are_planned_by_their_steps_and_queries(tiny: TinyJobs, tmp_path: Path) -> None:
+    def found(*changes: str) -> Estimate:
+        method = "method={name: t_patcher}"
+        spec = tiny.spec(tmp_path, method, *changes)
+        return make_estimate(make_plan(spec), rate=1e9, workers=(1,))
+
+    once = found()
+    assert set(once.seconds[1]) == {"start", "memory", "baseline", "training", "evaluation"}
+    longer = found("method.t_patcher={least_steps: 975, check_every: 25}")
+    assert longer.seconds[1]["training"] > 5 * once.seconds[1]["training"]
+    bare = found("method.t_patcher={memory_queries: 0, watched_queries: 0}")
+    assert bare.seconds[1]["training"] < 0.5 * once.seconds[1]["training"]
+    assert once.memory.worker["remembered queries"] == 44_000 * 32 * 4
+    assert once.stored["update"] == once.stored["piece"] > 0 == once.moved.values

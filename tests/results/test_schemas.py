@@ -31,11 +31,15 @@ def test_columns_are_the_public_contract() -> None:
         "general": "round measure layer value count",
         "trace": "round case_id kind token token_text token_class layer window samples answer "
         "clean corrupted restored effect",
-        "training": "round epoch step edits loss seconds",
+        "training": "round epoch step edits loss seconds split edit_loss locality_loss success",
         "survey": "model dataset editor setting edits status measure value low high count reason"
         " run",
         "attributions": "round case_id layer neuron attribution agreeing prompts answer answer_ids",
         "neurons": "round case_id layer neuron attribution shared_by is_edited",
+        "patches": "round case_id layer patches steps edit_loss activation_loss memory_loss "
+        "difference_loss least_activation greatest_memory target_probability seconds",
+        "assessment": "round case_id relation_id subject prompt object contrasts probability "
+        "contrastive score is_held",
         "harness": "round task metric filter unedited unedited_stderr edited edited_stderr "
         "higher_is_better count documents num_fewshot version lm_eval_version",
     }

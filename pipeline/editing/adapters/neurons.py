@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.models.anatomy import is_transposed
 from pipeline.models.editable import EditableModel
 
-_REQUIRED = {"keys", "biases", "values"}
+_REQUIRED, _OPTIONAL = {"keys", "biases", "values"}, {"gates", "queries"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class NeuronBank(Adapter):
     """M neurons beside a feed-forward network.
 
     Its parts are keys (M, D), biases (M,), values (M, D) and, where the neurons are gated, gates
-    (M, D); its settings name the `activation`, as transformers does.
+    (M, D); its settings name the `activation`, as transformers does. Neurons that were made for an
+    input each say which in queries (M, D), which compute nothing.
     """
 
     kind = "neurons"
@@ -42,12 +43,21 @@ class NeuronBank(Adapter):
         values_MD: Tensor,
         activation: str,
         gates_MD: Tensor | None = None,
+        queries_MD: Tensor | None = None,
     ) -> Self:
         """Keep tensors as float32 on the CPU."""
         parts = {"keys": keys_MD, "biases": biases_M, "values": values_MD}
         parts |= {} if gates_MD is None else {"gates": gates_MD}
+        parts |= {} if queries_MD is None else {"queries": queries_MD}
         kept = {name: part.detach().float().cpu() for name, part in parts.items()}
         return cls(kept, {"activation": activation})
+
+    @classmethod
+    def empty(cls, width: int, activation: str, *, with_queries: bool = False) -> Self:
+        """No neuron, to join others to."""
+        nothing = torch.zeros(0, width)
+        queries = nothing if with_queries else None
+        return cls.of(nothing, torch.zeros(0), nothing, activation, queries_MD=queries)
 
     @classmethod
     def joined(cls, increments: Sequence[Self]) -> Self:
@@ -71,33 +81,16 @@ class NeuronBank(Adapter):
     def attach(self, model: EditableModel, layer: int) -> Callable[[], None]:
         wide = torch.promote_types(model.dtype, torch.float32)
         held = {
-            n: part.to(device=model.device_of(layer), dtype=wide) for n, part in self.parts.items()
+            name: part.to(device=model.device_of(layer), dtype=wide)
+            for name, part in self.parts.items()
+            if name != "queries"
         }
         activation = ACT2FN[self.settings["activation"]]
-        entered: list[Tensor] = []
-
-        def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            entered[:] = [inputs[0]]
-
-        def leave(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            query = entered.pop()
-            added = bank_output(query.flatten(0, -2).to(wide), held, activation)
-            return output + added.reshape(output.shape).to(output.dtype)
-
-        handles = [
-            model.up_projection(layer).register_forward_pre_hook(enter),
-            model.down_projection(layer).register_forward_hook(leave),
-        ]
-
-        def detach() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return detach
+        return add_to_ffn(model, layer, lambda queries: bank_output(queries, held, activation))
 
     def problem(self) -> str | None:
         names = set(self.parts)
-        if names not in (_REQUIRED, _REQUIRED | {"gates"}):
+        if not _REQUIRED <= names <= _REQUIRED | _OPTIONAL:
             return f"neurons with the tensors {', '.join(sorted(names))}"
         count = len(self.parts["biases"])
         shape = tuple(self.parts["keys"].shape)
@@ -151,19 +144,59 @@ class NeuronBank(Adapter):
         _set_inner_size(model, model.key_size(layer))
 
 
-def bank_output(queries_ND: Tensor, bank: Any, activation: Any) -> Tensor:
+def add_to_ffn(
+    model: EditableModel, layer: int, added: Callable[[Tensor], Tensor]
+) -> Callable[[], None]:
+    """Add a function of its inputs to a feed-forward network's output, where it is computed.
+
+    Args:
+        model: the model.
+        layer: the block.
+        added: (N, D) inputs, float32 or wider -> what to add.
+
+    Returns:
+        What takes it away again.
+    """
+    wide = torch.promote_types(model.dtype, torch.float32)
+    entered: list[Tensor] = []
+
+    def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        entered[:] = [inputs[0]]
+
+    def leave(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        more = added(entered.pop().flatten(0, -2).to(wide))
+        return output + more.reshape(output.shape).to(output.dtype)
+
+    handles = [
+        model.up_projection(layer).register_forward_pre_hook(enter),
+        model.down_projection(layer).register_forward_hook(leave),
+    ]
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return detach
+
+
+def bank_output(
+    queries_ND: Tensor, bank: Any, activation: Any, acts_NM: Tensor | None = None
+) -> Tensor:
     """What neurons add to a feed-forward network's output: (N, D).
 
     Args:
         queries_ND: the network's inputs.
         bank: name -> tensor, as `NeuronBank.parts`.
         activation: the function.
+        acts_NM: whether a neuron acts on an input at all; null is always.
     """
     inner_NM = torch.addmm(bank["biases"], queries_ND, bank["keys"].T)
     if "gates" in bank:
         inner_NM = activation(queries_ND @ bank["gates"].T) * inner_NM
     else:
         inner_NM = activation(inner_NM)
+    if acts_NM is not None:
+        inner_NM = inner_NM * acts_NM
     added: Tensor = inner_NM @ bank["values"]
     return added
 

@@ -1,0 +1,114 @@
+"""What editors are trained on: an edit, another way to ask for it, and something to leave alone."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.editing.locality import KeptRow
+from pipeline.errors import InputError
+from pipeline.prompts import EditPrompts, Row, encode_targets, token_ids
+from pipeline.requests import EditRequest
+
+Left = tuple[str, str | None]
+"""A prompt with its answer, or a text without one."""
+
+
+@dataclass(frozen=True)
+class EditExample:
+    """An edit to train on.
+
+    Attributes:
+        edit: it.
+        asked: a prompt that the edited model is asked by; the answer is the edit's.
+        left: what is to stay as it is.
+    """
+
+    edit: EditRequest
+    asked: str
+    left: Left
+
+
+def draw_examples(
+    requests: Sequence[EditRequest],
+    others: Sequence[EditRequest],
+    texts: Sequence[str],
+    generator: random.Random,
+) -> list[EditExample]:
+    """Make an example of each request.
+
+    It is asked by one of its paraphrases, or as it is where it has none. What is left alone is one
+    of `texts`, where there are some; else one of its locality questions or neighbours, or of
+    another request's where it has none.
+
+    Raises:
+        InputError: there is nothing to leave alone.
+    """
+    return [
+        EditExample(
+            request,
+            generator.choice(request.paraphrase_prompts or (request.text,)),
+            (generator.choice(texts), None) if texts else _left(request, others, generator),
+        )
+        for request in requests
+    ]
+
+
+def _left(request: EditRequest, others: Sequence[EditRequest], generator: random.Random) -> Left:
+    if own := _questions(request):
+        return generator.choice(own)
+    start = generator.randrange(len(others))
+    for place in range(len(others)):
+        if found := _questions(others[(start + place) % len(others)]):
+            return generator.choice(found)
+    raise InputError(
+        "train.corpus: no request has a locality question or a neighbour, so that there is nothing"
+        " to leave alone; give requests with some, or a train.corpus of texts"
+    )
+
+
+def _questions(request: EditRequest) -> list[Left]:
+    near: list[Left] = [(prompt, request.target_true) for prompt in request.neighborhood_prompts]
+    return near + [(probe.prompt, probe.target) for probe in request.locality]
+
+
+def asked_rows(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[EditExample]
+) -> list[EditPrompts]:
+    """The prompts that edited models are asked by, with the edits' answers."""
+    prompts = token_ids(tokenizer, [example.asked for example in examples])
+    targets = encode_targets(tokenizer, [example.edit.target_new for example in examples])
+    found = []
+    for example, ids, target in zip(examples, prompts, targets, strict=True):
+        row = Row(tuple(ids), len(ids) - 1)
+        found.append(EditPrompts((row,), target, row, example.edit.subject))
+    return found
+
+
+def kept_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EditExample],
+    *,
+    max_tokens: int,
+    answers_only: bool,
+) -> list[KeptRow]:
+    """What is to be left alone, as rows.
+
+    Args:
+        tokenizer: the model's.
+        examples: whose.
+        max_tokens: a text is cut to.
+        answers_only: where there is an answer, only the tokens that predict it count; else all do.
+    """
+    prompts = token_ids(tokenizer, [example.left[0] for example in examples])
+    found = []
+    for example, ids in zip(examples, prompts, strict=True):
+        answer: tuple[int, ...] = ()
+        if example.left[1] is not None:
+            (answer,) = encode_targets(tokenizer, [example.left[1]])
+        first = len(ids) - 1 if answer and answers_only else 0
+        # The last token of an answer is predicted; nothing comes after it.
+        row = (*ids, *answer[:-1]) if answer else tuple(ids[:max_tokens])
+        found.append(KeptRow(row, tuple(range(first, len(row)))))
+    return found

@@ -1,0 +1,477 @@
+"""The training of MEND, MALMEN and KE.
+
+The loss of a batch of edits that are made together is, at the edited weights,
+
+    edit_weight * NLL(answers, asked in other words) + locality_weight * KL(unedited || edited)
+
+a mean over the batch. Its gradient in each weight is the gradient in that weight's update, from
+which the network's own follow. With MEND and KE a worker does all of this for a batch, and a step
+is the mean over several; with MALMEN a batch is large, so that its edits are shared out: in a first
+pass their factors come to the reducer, which makes the update, in a second the losses' gradients.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.editing.gradients import Factors, TargetGradients
+from pipeline.editing.hypernetworks.network import HyperNetwork
+from pipeline.editing.locality import KeptGradients
+from pipeline.editing.update import EditedWeights
+from pipeline.errors import InputError
+from pipeline.methods.edit_examples import EditExample, asked_rows, draw_examples, kept_rows
+from pipeline.methods.hypernetworks import TrainedMethod, trained_method
+from pipeline.methods.module_training import ModuleTrainer
+from pipeline.methods.trainable import (
+    Contribution,
+    Learner,
+    Measured,
+    Shapes,
+    State,
+    Trainable,
+    Trainer,
+)
+from pipeline.prompts import tokenize_edits
+from pipeline.requests import EditRequest
+from pipeline.spec import JobSpec
+
+# Tokens in one pass with gradients, and edits of a batch that is shared out.
+_MAX_TOKENS, _EDITS_OF_A_PIECE = 2048, 16
+_OWN = frozenset({"editor", "editor_sha256"})
+
+Build = Callable[[], HyperNetwork]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an edit's two losses count."""
+
+    edit: float
+    locality: float
+
+
+class HyperTrainable(Trainable):
+    """A batch of edits is one worker's piece (MEND, KE)."""
+
+    answers_only = False
+    """Whether, of a question to be left alone, only the answer's tokens count."""
+
+    smoothing = 0.0
+
+    def __init__(self, spec: JobSpec) -> None:
+        super().__init__(spec)
+        self.method: TrainedMethod = trained_method(spec.method)
+        assert self.train.edit_weight is not None and self.train.locality_weight is not None
+        self.weights = Weights(self.train.edit_weight, self.train.locality_weight)
+
+    def pieces(
+        self,
+        requests: Sequence[EditRequest],
+        others: Sequence[EditRequest],
+        texts: Sequence[str],
+        generator: random.Random,
+    ) -> list[tuple[Any, ...]]:
+        assert self.train.batch_size is not None
+        examples, size = draw_examples(requests, others, texts, generator), self.train.batch_size
+        starts = range(0, len(examples), size)
+        return [(tuple(examples[start : start + size]),) for start in starts]
+
+    def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:
+        return BatchLearner(self, weights, tokenizer)
+
+    def trainer(self, shapes: Shapes, state: State | None) -> Trainer:
+        network = self.network(shapes)
+        return HyperTrainer(self, network, state)
+
+    def network(self, shapes: Shapes) -> HyperNetwork:
+        """The network, with the parameters that it begins with."""
+        sizes = {layer: (shapes.hidden_size, size) for layer, size in shapes.key_sizes.items()}
+        return self.method.network(sizes, shapes.hidden_size, self.spec.seed)
+
+    def optimiser(self, network: HyperNetwork) -> torch.optim.Optimizer:
+        """What makes the steps."""
+        assert self.train.learning_rate is not None
+        return torch.optim.Adam(network.parameters(), lr=self.train.learning_rate)
+
+    def settings(self) -> dict[str, Any]:
+        own = self.spec.method.trained
+        assert own is not None
+        return own.model_dump(mode="json", exclude=set(_OWN))
+
+
+class MendTraining(HyperTrainable):
+    """Each matrix's rate has a learning rate of its own."""
+
+    published: Mapping[str, Any] = {
+        "batch_size": 2,
+        "accumulate": 10,
+        "learning_rate": 1e-6,
+        "warm_up": 0,
+        "edit_weight": 0.1,
+        "locality_weight": 1.0,
+        "max_gradient_norm": 100.0,
+    }
+
+    def optimiser(self, network: HyperNetwork) -> torch.optim.Optimizer:
+        assert self.train.learning_rate is not None
+        named = dict(network.named_parameters())
+        rates = [parameter for name, parameter in named.items() if name.startswith("rates.")]
+        others = [parameter for name, parameter in named.items() if not name.startswith("rates.")]
+        return torch.optim.Adam(
+            [
+                {"params": others, "lr": self.train.learning_rate},
+                {"params": rates, "lr": self.spec.method.mend.edit_rate_learning_rate},
+            ]
+        )
+
+
+class EditLosses:
+    """The two losses of some examples, on a model whose weights change.
+
+    Args:
+        trainable: whose settings count.
+        weights: of the model, unedited.
+        tokenizer: the model's.
+        examples: at least one.
+    """
+
+    def __init__(
+        self,
+        trainable: HyperTrainable,
+        weights: EditedWeights,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[EditExample],
+    ) -> None:
+        model, layers = weights.model, weights.layers
+        self._asked = TargetGradients(
+            model,
+            asked_rows(tokenizer, examples),
+            layers,
+            "target_tokens",
+            _MAX_TOKENS,
+            smoothing=trainable.smoothing,
+        )
+        left = kept_rows(
+            tokenizer,
+            examples,
+            max_tokens=trainable.train.max_tokens,
+            answers_only=trainable.answers_only,
+        )
+        self._left = KeptGradients(model, left, layers, _MAX_TOKENS)
+
+    def slopes(self, counts: Weights) -> tuple[dict[str, float], dict[int, Tensor]]:
+        """Measures summed over the examples, and the loss' gradient in each weight, (D, F)."""
+        asked, left = self._asked.factors("all"), self._left.factors("all")
+        slopes = {
+            layer: counts.edit * asked.matrix(layer) + counts.locality * left.matrix(layer)
+            for layer in asked.keys
+        }
+        return _measures(asked.losses.sum(), left.losses.sum(), counts), slopes
+
+    def measures(self, counts: Weights) -> dict[str, float]:
+        """Measures summed over the examples, with how many edits succeed."""
+        model = self._asked.model
+        asked = self._asked.read(lambda batch, states: batch.losses_and_misses(model, states))
+        left = self._left.read(lambda batch, states: batch.losses(model, states)[:, None])
+        succeeded = float((asked[:, 1] == 0).sum())
+        return {**_measures(asked[:, 0].sum(), left.sum(), counts), "success": succeeded}
+
+
+def _measures(edit: Tensor, locality: Tensor, counts: Weights) -> dict[str, float]:
+    return {
+        "loss": counts.edit * float(edit) + counts.locality * float(locality),
+        "edit_loss": float(edit),
+        "locality_loss": float(locality),
+    }
+
+
+class BatchLearner(Learner):
+    """Makes a batch's update, tries it, and says what the network should have done.
+
+    Args: as of `Trainable.learner`.
+    """
+
+    def __init__(
+        self,
+        trainable: HyperTrainable,
+        weights: EditedWeights,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.trainable, self.weights, self.tokenizer = trainable, weights, tokenizer
+        model = weights.model
+        width = model.model.get_input_embeddings().weight.shape[1]
+        if width != model.hidden_size and trainable.spec.method.name == "ke":
+            raise InputError(
+                f"method.name: ke reads token embeddings, which have {width} entries in this model"
+                f" and its hidden states {model.hidden_size}; take another method"
+            )
+        keys = {layer: model.key_size(layer) for layer in weights.layers}
+        self.network = trainable.network(Shapes(model.hidden_size, keys)).to(model.output_device)
+
+    def contribute(
+        self, items: Sequence[Any], number: int, shared: Any, *, learns: bool
+    ) -> Contribution:
+        (examples,) = items
+        self.network.load_state_dict(shared["network"])
+        losses = EditLosses(self.trainable, self.weights, self.tokenizer, examples)
+        factors = factors_of(self.trainable, self.weights, self.tokenizer, examples)
+        factors = factors.to(self.weights.model.output_device)
+        seen = self.network.seen_in(factors) if learns else {}
+        self.network.take(seen)
+        with self.tried(factors):
+            if not learns:
+                return Contribution(len(examples), losses.measures(shared["weights"]))
+            measures, slopes = losses.slopes(shared["weights"])
+        with torch.enable_grad():
+            gradients = self.network.gradients(factors, slopes)
+        rows = {name: moments.to("cpu") for name, moments in seen.items()}
+        return Contribution(len(examples), measures, gradients, rows)
+
+    @contextmanager
+    def tried(self, factors: Factors) -> Iterator[None]:
+        """Let the model have what the network makes of some edits for a while."""
+        device = self.weights.model.output_device
+        updates = self.network.edit(factors)
+        changes = {layer: update.matrix(device) for layer, update in updates.items()}
+        with self.weights.tried(changes):
+            yield
+
+
+def factors_of(
+    trainable: HyperTrainable,
+    weights: EditedWeights,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EditExample],
+) -> Factors:
+    """What some examples' edits say, as when they are edited."""
+    method = trainable.method
+    requests = [example.edit for example in examples]
+    edits = tokenize_edits(tokenizer, requests, trainable.spec.method.contexts or ("{}",))
+    laid_out = method.gradients(weights.model, edits, _MAX_TOKENS, keeps=False)
+    found = method.factors(laid_out, weights, None)
+    assert isinstance(found, Factors), "networks read factors"
+    return found
+
+
+class HyperTrainer(ModuleTrainer):
+    """The network with its optimiser and its normaliser.
+
+    Args: as of `Trainable.trainer`.
+    """
+
+    module: HyperNetwork
+
+    def __init__(
+        self, trainable: HyperTrainable, network: HyperNetwork, state: State | None
+    ) -> None:
+        self.trainable = trainable
+        train = trainable.train
+        super().__init__(
+            network,
+            trainable.optimiser(network),
+            train.max_gradient_norm,
+            train.warm_up or 0,
+            state,
+        )
+
+    def shared(self) -> Any:
+        return {"network": super().shared(), "weights": self.trainable.weights}
+
+    def add(self, part: Contribution) -> None:
+        super().add(part)
+        self.module.take(part.rest or {})
+
+
+class MalmenTraining(HyperTrainable):
+    """A batch of edits is shared out over the workers, twice."""
+
+    passes = 2
+    answers_only = True
+    published: Mapping[str, Any] = {
+        "batch_size": 512,
+        "accumulate": 1,
+        "learning_rate": 1e-5,
+        "warm_up": 0,
+        "edit_weight": 1.0,
+        "locality_weight": 1.0,
+        "max_gradient_norm": 1.0,
+    }
+
+    def pieces(
+        self,
+        requests: Sequence[EditRequest],
+        others: Sequence[EditRequest],
+        texts: Sequence[str],
+        generator: random.Random,
+    ) -> list[tuple[Any, ...]]:
+        if self.train.accumulate != 1:
+            raise InputError(
+                "train.accumulate: malmen makes one batch a step; give a larger train.batch_size"
+            )
+        examples = draw_examples(requests, others, texts, generator)
+        starts = range(0, len(examples), _EDITS_OF_A_PIECE)
+        return [tuple(examples[start : start + _EDITS_OF_A_PIECE]) for start in starts]
+
+    def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:
+        return PieceLearner(self, weights, tokenizer)
+
+    def trainer(self, shapes: Shapes, state: State | None) -> Trainer:
+        return MalmenTrainer(self, self.network(shapes), state)
+
+
+class PieceLearner(Learner):
+    """Takes factors in the first pass, the losses' gradients at the edited weights in the second.
+
+    Args: as of `Trainable.learner`.
+    """
+
+    def __init__(
+        self,
+        trainable: HyperTrainable,
+        weights: EditedWeights,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.trainable, self.weights, self.tokenizer = trainable, weights, tokenizer
+
+    def contribute(
+        self, items: Sequence[Any], number: int, shared: Any, *, learns: bool
+    ) -> Contribution:
+        if number == 0:
+            factors = factors_of(self.trainable, self.weights, self.tokenizer, items)
+            return Contribution(0, {}, rest=factors)
+        losses = EditLosses(self.trainable, self.weights, self.tokenizer, items)
+        with self.weights.tried(shared):
+            if not learns:
+                return Contribution(len(items), losses.measures(self.trainable.weights))
+            measures, slopes = losses.slopes(self.trainable.weights)
+        return Contribution(len(items), measures, rest=slopes)
+
+
+class MalmenTrainer(HyperTrainer):
+    """Makes the update between the passes, and the network's gradient after them."""
+
+    _factors: list[Factors]
+    _joined: Factors
+    _slopes: dict[int, Tensor]
+
+    def begin(self, *, learns: bool) -> Any:
+        super().begin(learns=learns)
+        self._factors, self._slopes = [], {}
+        return None
+
+    def add(self, part: Contribution) -> None:
+        ModuleTrainer.add(self, part)
+        if isinstance(part.rest, Factors):
+            self._factors.append(part.rest)
+            return
+        for layer, slope in (part.rest or {}).items():
+            before = self._slopes.get(layer)
+            self._slopes[layer] = slope if before is None else before + slope
+
+    def end_pass(self, number: int) -> Any:
+        self._joined = Factors.joined(self._factors)
+        if self._learns:
+            self.module.take(self.module.seen_in(self._joined))
+        updates = self.module.edit(self._joined)
+        return {layer: update.matrix() for layer, update in updates.items()}
+
+    def end(self) -> Measured:
+        if self._learns:
+            with torch.enable_grad():
+                self._gradients = self.module.gradients(self._joined, self._slopes)
+        return super().end()
+
+
+class KnowledgeEditorTraining(HyperTrainable):
+    """The divergence is held below a margin, by a multiplier that grows while it is not."""
+
+    answers_only = True
+    published: Mapping[str, Any] = {
+        "batch_size": 1,
+        "accumulate": 16,
+        "learning_rate": 3e-4,
+        "warm_up": 1000,
+        "edit_weight": 1.0,
+        "locality_weight": 1.0,
+    }
+
+    def __init__(self, spec: JobSpec) -> None:
+        super().__init__(spec)
+        self.smoothing = spec.method.ke.label_smoothing
+
+    def pieces(
+        self,
+        requests: Sequence[EditRequest],
+        others: Sequence[EditRequest],
+        texts: Sequence[str],
+        generator: random.Random,
+    ) -> list[tuple[Any, ...]]:
+        if self.train.batch_size != 1:
+            raise InputError(
+                "train.batch_size: ke makes one edit at a time; set it to 1 and give"
+                " train.accumulate"
+            )
+        return super().pieces(requests, others, texts, generator)
+
+    def trainer(self, shapes: Shapes, state: State | None) -> Trainer:
+        return ConstrainedTrainer(self, self.network(shapes), state)
+
+    def optimiser(self, network: HyperNetwork) -> torch.optim.Optimizer:
+        assert self.train.learning_rate is not None
+        rate = self.train.learning_rate
+        return torch.optim.RMSprop(network.parameters(), lr=rate, centered=True)
+
+
+# Where nine in ten edits succeed the margin becomes smaller.
+_ENOUGH = 0.9
+
+
+class ConstrainedTrainer(HyperTrainer):
+    """Steps down the Lagrangian, and up in its multiplier; measures with a weight that stays."""
+
+    def __init__(
+        self, trainable: KnowledgeEditorTraining, network: HyperNetwork, state: State | None
+    ) -> None:
+        self.own = trainable.spec.method.ke
+        self.multiplier, self.margin = trainable.weights.locality, self.own.margin
+        super().__init__(trainable, network, state)
+        if state is not None:
+            self.multiplier, self.margin = float(state["multiplier"]), float(state["margin"])
+
+    def shared(self) -> Any:
+        counts = self.trainable.weights
+        if self._learns:
+            counts = Weights(counts.edit, self.multiplier)
+        return {**super().shared(), "weights": counts}
+
+    def end(self) -> Measured:
+        measured = super().end()
+        if self._learns:
+            beyond = measured.measures["locality_loss"] - self.margin
+            moved = self.multiplier + self.own.multiplier_learning_rate * beyond
+            self.multiplier = max(0.0, moved)
+        return measured
+
+    def validated(self, measured: Measured) -> int:
+        if measured.measures["success"] > _ENOUGH:
+            smaller = self.margin * self.own.margin_factor
+            self.margin = max(self.own.margin_floor, smaller)
+        return super().validated(measured)
+
+    def state(self) -> State:
+        own = {"multiplier": self.multiplier, "margin": self.margin}
+        tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in own.items()}
+        return {**super().state(), **tensors}
+
+
+TRAININGS: dict[str, type[HyperTrainable]] = {
+    "mend": MendTraining,
+    "malmen": MalmenTraining,
+    "ke": KnowledgeEditorTraining,
+}

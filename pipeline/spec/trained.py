@@ -1,0 +1,65 @@
+"""Settings of methods whose editor is trained before it edits."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.setting_types import Finite, NonNegative, Place, Positive
+from pipeline.spec.part import Part
+
+
+class TrainedSpec(Part):
+    """What methods have in common whose editor is trained first (docs/training.md)."""
+
+    editor: Place | None = None
+    """Directory of the editor: `editor/` in the run of `editfleet train` that made it. The other
+    settings of the group are then the editor's, and need not be given."""
+    editor_sha256: str | None = None
+    """Digest of the editor's parameters; null takes the one that is there when a run begins."""
+
+
+class MendSpec(TrainedSpec):
+    """MEND (arXiv 2110.11309)."""
+
+    rank: Positive = 1920
+    """Rank of the two factors of each residual layer."""
+    hidden_layers: NonNegative = 1
+    """Residual layers before the last one."""
+    edit_rate: Annotated[Finite, Field(gt=0)] = 1e-4
+    """What the learned scale of each matrix's update begins at."""
+    edit_rate_learning_rate: Annotated[Finite, Field(gt=0)] = 1e-4
+    """The optimiser's learning rate of these scales; `train.learning_rate` is the network's."""
+
+
+class MalmenSpec(TrainedSpec):
+    """MALMEN (arXiv 2311.04661)."""
+
+    rank: Positive = 1920
+    """Rank of the two factors of each residual block."""
+    blocks: Positive = 2
+    """Residual blocks."""
+    edit_rate: Annotated[Finite, Field(gt=0)] = 1e-6
+    """What eta, the learned scale of each matrix's value shifts, begins at."""
+
+
+class KnowledgeEditorSpec(TrainedSpec):
+    """KE, KnowledgeEditor (arXiv 2104.08164)."""
+
+    condition_size: Positive = 1024
+    """Entries of the condition."""
+    hidden_size: Positive = 128
+    """Hidden units of each matrix's network."""
+    lstm_size: Positive = 256
+    """Hidden units of the LSTM that reads the edit, in each direction."""
+    max_scale: Annotated[Finite, Field(gt=0)] = 1.0
+    """Bound of an update's scale."""
+    label_smoothing: Annotated[Finite, Field(ge=0, lt=1)] = 0.1
+    """Share of the target's probability in the training's loss that all tokens have alike."""
+    margin: Annotated[Finite, Field(gt=0)] = 1e-3
+    """Bound of the divergence from the unedited model at first, nats a token."""
+    margin_factor: Annotated[Finite, Field(gt=0, le=1)] = 0.8
+    """It is multiplied by this after a measurement in which nine in ten edits succeed."""
+    margin_floor: Annotated[Finite, Field(gt=0)] = 1e-5
+    """It goes no lower."""
+    multiplier_learning_rate: Annotated[Finite, Field(gt=0)] = 0.1
+    """Step of the bound's multiplier, which begins at 1."""
