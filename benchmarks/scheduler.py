@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.machine import RESULTS, print_goals, print_table, report
 from pipeline.cluster.cutting import cut_shards
-from pipeline.cluster.engine import Call
+from pipeline.cluster.engine import Call, Engine
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.scheduler import Scheduler
 from pipeline.spec import JobSpec
@@ -76,6 +77,14 @@ class NoOpEngine:
     def reduce(self, method: str, *args: Any) -> Any:
         """Nothing."""
         return None
+
+    def lane(self, worker: int) -> AbstractContextManager[Engine]:
+        """This engine."""
+        return nullcontext(self)
+
+    def reducers_used(self) -> list[dict[str, Any]]:
+        """Nothing."""
+        return []
 
     def close(self) -> None:
         """Nothing outlives this process."""

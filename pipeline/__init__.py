@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pipeline.applying import apply_updates
     from pipeline.cluster.comparison import run_comparison
     from pipeline.cluster.run import RunResult, run_batch_edit, run_covariance, run_sequential
+    from pipeline.cluster.survey import SurveyResult, run_survey
     from pipeline.exporting import export_model
     from pipeline.harness import run_harness
     from pipeline.report.page import write_report
@@ -20,6 +21,7 @@ _PLACES = {
     "EditRequest": "pipeline.requests",
     "JobSpec": "pipeline.spec",
     "RunResult": "pipeline.cluster.run",
+    "SurveyResult": "pipeline.cluster.survey",
     "UneditResult": "pipeline.unediting",
     "apply_updates": "pipeline.applying",
     "export_model": "pipeline.exporting",
@@ -30,6 +32,7 @@ _PLACES = {
     "run_covariance": "pipeline.cluster.run",
     "run_harness": "pipeline.harness",
     "run_sequential": "pipeline.cluster.run",
+    "run_survey": "pipeline.cluster.survey",
     "run_training": "pipeline.cluster.learning",
     "unedit": "pipeline.unediting",
     "write_report": "pipeline.report.page",
@@ -39,6 +42,7 @@ __all__ = [
     "EditRequest",
     "JobSpec",
     "RunResult",
+    "SurveyResult",
     "UneditResult",
     "apply_updates",
     "export_model",
@@ -49,6 +53,7 @@ __all__ = [
     "run_covariance",
     "run_harness",
     "run_sequential",
+    "run_survey",
     "run_training",
     "unedit",
     "write_report",

@@ -14,7 +14,7 @@ from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import fingerprint
 from pipeline.results import Run, read
 from pipeline.results.updates import read_update
-from pipeline.spec import parse_spec
+from pipeline.spec import JobSpec, parse_spec
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def apply_updates(
     Args:
         model: the unedited model that the run edited.
         run: the run directory, or the run's URL.
-        round: stop after this round of a study, counted from 0; null applies all of a finished run.
+        round: stop after this round of a study, counted from 0, or where rounds were rolled back
+            apply this one; null applies all of a finished run.
 
     Raises:
         InputError: the run is not finished, or the round is not.
@@ -59,8 +60,11 @@ def apply_updates(
             f" has {found[:12]}; load the unedited {recorded.model.path!r}"
         )
     editable = editable_model(model)
-    rounds = [None] if round is None else range(round + 1)
-    updates = [read_update(path)[:2] for number in rounds for path in opened.updates(number)]
+    updates = [
+        read_update(path)[:2]
+        for number in _rounds_of(opened, round)
+        for path in opened.updates(number)
+    ]
     check_shapes(editable, updates, run)
     weights = EditedWeights(editable, tuple(sorted({layer for layer, _ in updates})))
     for layer, update in updates:
@@ -68,12 +72,33 @@ def apply_updates(
     return AppliedUpdates(model, weights)
 
 
+def _rounds_of(run: Run, round: int | None) -> Sequence[int | None]:
+    """The rounds whose updates make the model as it was after a round; None for all."""
+    if round is None:
+        return [None]
+    return [round] if spec_of(run).rolls_back else range(round + 1)
+
+
+def spec_of(run: Run) -> JobSpec:
+    """The resolved spec of a run.
+
+    Raises:
+        InputError: it is none that this version knows.
+    """
+    return parse_spec(run.recorded.spec, f"{run.place}/manifest.json: spec")
+
+
 def require_round(run: Run, round: int | None) -> None:
     """Check that a run holds all updates up to a round, or with null that it is finished.
+
+    Of a study that rolled every round back, `round` has to be given: no model holds all of it.
 
     Raises:
         InputError: it does not; the message names the last round that it holds whole.
     """
+    if spec_of(run).rolls_back:
+        _require_round_apart(run, round)
+        return
     if round is None:
         if run.recorded.status != "finished":
             raise InputError(f"{run.place} is not finished (status {run.recorded.status!r})")
@@ -84,10 +109,19 @@ def require_round(run: Run, round: int | None) -> None:
         raise InputError(f"{run.place} has no round {round}; {held}")
 
 
+def _require_round_apart(run: Run, round: int | None) -> None:
+    if round is None:
+        raise InputError(
+            f"{run.place} is a study that put the unedited model back after every round; say with"
+            " --round which one's edits to apply"
+        )
+    if round < 0 or not run.updated_layers(round) >= set(spec_of(run).method.layers or ()):
+        raise InputError(f"{run.place} holds no whole round {round}")
+
+
 def last_round(run: Run) -> int:
     """The last round of which a run holds the updates of all layers, counted from 0; else -1."""
-    spec = parse_spec(run.recorded.spec, f"{run.place}/manifest.json: spec")
-    layers = set(spec.method.layers or ())
+    layers = set(spec_of(run).method.layers or ())
     count = 0
     while run.updated_layers(count) >= layers:
         count += 1

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.adapter_files import save_edited
-from pipeline.applying import apply_updates, require_round
+from pipeline.applying import apply_updates, require_round, spec_of
 from pipeline.errors import InputError
 from pipeline.model_card import write_model_card
 from pipeline.models.loading import load_model, load_tokenizer
@@ -14,7 +14,6 @@ from pipeline.results import Run, read
 from pipeline.results.atomic import whole_directory
 from pipeline.results.recorded import RecordedSummary, check_recorded
 from pipeline.sources.files import writing
-from pipeline.spec import parse_spec
 
 
 def export_model(
@@ -34,7 +33,7 @@ def export_model(
         run: the directory or URL of a finished run, or with `round` also a study under way.
         directory: where to write; must not exist.
         round: write the model as it was after this round of a study, counted from 0; null: after
-            all.
+            all, of which there is none where every round was rolled back.
         merge: write adapters into the model's own weights, where its architecture allows that.
         allow_pickle: load the unedited weights from .bin files where there are no safetensors; what
             the run's own spec says of it does not count, since a run may come from anyone.
@@ -48,7 +47,7 @@ def export_model(
     if target.exists():
         raise InputError(f"{target} exists already; choose another directory")
     recorded = opened.recorded
-    spec = parse_spec(recorded.spec, f"{run}/manifest.json: spec")
+    spec = spec_of(opened)
     require_round(opened, round)
     applied = _applied(opened, round)
     source = spec.model.model_copy(update={"allow_pickle": allow_pickle})
@@ -67,5 +66,6 @@ def _applied(run: Run, round: int | None) -> int:
         summary = check_recorded(run.summary, RecordedSummary, f"{run.place}/summary.json")
         return summary.requests.get("applied", 0)
     edits = run.edits()
-    until = edits.filter(pc.less_equal(edits["round"], round))
+    of_it = pc.equal if spec_of(run).rolls_back else pc.less_equal
+    until = edits.filter(of_it(edits["round"], round))
     return int(pc.sum(pc.equal(until["status"], "applied")).as_py() or 0)

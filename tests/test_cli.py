@@ -459,6 +459,7 @@ def test_help_names_every_command(cli: Cli) -> None:
         "status",
         "export",
         "unedit",
+        "survey",
         "trace",
         "train",
         "factworld",

@@ -5,14 +5,14 @@ import sys
 
 import typer
 
-from pipeline.cli import jobs, runs
+from pipeline.cli import jobs, runs, survey
 from pipeline.cli.common import EXIT_FAILED, EXIT_INPUT, app
 from pipeline.errors import EditfleetError, InputError
 from pipeline.printable import one_line
 from pipeline.signals import Stopped, raising_stopped
 
 # Their commands are in the application from their import on.
-__all__ = ["app", "jobs", "main", "runs"]
+__all__ = ["app", "jobs", "main", "runs", "survey"]
 
 
 def main(arguments: list[str] | None = None) -> None:

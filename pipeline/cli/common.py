@@ -1,5 +1,6 @@
 """What all commands have in common: the application, its arguments and its exit codes."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,8 @@ import typer
 from rich.console import Console
 
 from pipeline.printable import one_line
+from pipeline.signals import raising_stopped
+from pipeline.spec import JobSpec, load_spec
 from pipeline.terminal import choose_log_format
 from pipeline.watching.logs import LogFormat
 
@@ -36,6 +39,23 @@ Round = Annotated[
 
 EXIT_FAILED = 1
 EXIT_INPUT = 2
+
+
+def spec_and_way(spec: Path, overrides: list[str] | None, restart: bool) -> tuple[JobSpec, str]:
+    """The job that a command names, and what goes with the same command to resume it."""
+    from pipeline.results.remote import next_free_place
+
+    job = load_spec(spec, overrides)
+    if not restart:
+        return job, ""
+    place = next_free_place(job.place)
+    return job.at(place), f"without --restart and with --set output.path={place}"
+
+
+def resumable(spec: JobSpec, how_to_resume: str) -> AbstractContextManager[None]:
+    """Raise `Stopped` in the block on a signal, and say how to go on."""
+    way = " ".join(filter(None, ("the same command", how_to_resume)))
+    return raising_stopped(f"what was finished is kept in {spec.place}, and {way} resumes it")
 
 
 def print_line(console: Console, line: str) -> None:

@@ -1,6 +1,5 @@
 """Commands that take a job spec. They decide nothing: every setting is in the spec."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +12,11 @@ from pipeline.cli.common import (
     SpecPath,
     app,
     print_line,
+    resumable,
+    spec_and_way,
 )
 from pipeline.cli.ending import leave, log_to_trackers, write_reports
+from pipeline.errors import InputError
 from pipeline.printable import one_line
 from pipeline.signals import raising_stopped
 from pipeline.spec import JobSpec, load_spec
@@ -34,7 +36,7 @@ def edit(
 
     A run that is there already is gone on with: what is finished is not computed again.
     """
-    _edit(*_job(spec, overrides, save_model, restart))
+    _edit(*spec_and_way(spec, _saving(overrides, save_model), restart))
 
 
 @app.command()
@@ -51,7 +53,7 @@ def sequential(
     A study that is there already is gone on with, at its round. A spec with `compare` is of several
     studies, which run side by side.
     """
-    job, how_to_resume = _job(spec, overrides, save_model, restart)
+    job, how_to_resume = spec_and_way(spec, _saving(overrides, save_model), restart)
     if job.compare is None:
         _edit(job, how_to_resume, is_study=True)
     else:
@@ -131,9 +133,9 @@ def trace(spec: SpecPath, overrides: Overrides = None, restart: Restart = False)
     from pipeline.cluster.tracing import run_trace
     from pipeline.report.trace_summary import trace_tables
 
-    job, how_to_resume = _job(spec, overrides, False, restart)
+    job, how_to_resume = spec_and_way(spec, overrides, restart)
     console = make_console()
-    with _resumable(job, how_to_resume):
+    with resumable(job, how_to_resume):
         result = run_trace(job, console=console)
     console.print(trace_tables(result.summary))
     how = f"editfleet report {result.place}"
@@ -152,9 +154,9 @@ def train(spec: SpecPath, overrides: Overrides = None, restart: Restart = False)
     from pipeline.cluster.learning import run_training
     from pipeline.report.training_summary import training_tables
 
-    job, how_to_resume = _job(spec, overrides, False, restart)
+    job, how_to_resume = spec_and_way(spec, overrides, restart)
     console = make_console()
-    with _resumable(job, how_to_resume):
+    with resumable(job, how_to_resume):
         result = run_training(job, console=console)
     console.print(training_tables(result.summary))
     how = f"editfleet report {result.place}"
@@ -173,9 +175,9 @@ def assess(spec: SpecPath, overrides: Overrides = None, restart: Restart = False
     from pipeline.cluster.assessing import run_assess
     from pipeline.report.assess_summary import assess_tables
 
-    job, how_to_resume = _job(spec, overrides, False, restart)
+    job, how_to_resume = spec_and_way(spec, overrides, restart)
     console = make_console()
-    with _resumable(job, how_to_resume):
+    with resumable(job, how_to_resume):
         result = run_assess(job, console=console)
     console.print(assess_tables(result.summary))
     print_line(console, f"run directory: {result.place}")
@@ -232,6 +234,8 @@ def plan(
 
     console = make_console()
     job = load_spec(spec, overrides)
+    if job.survey is not None:
+        raise InputError("survey: it has no plan of its own; plan a spec of one of its cells")
     rate, reducer_rate = (
         None if given is None else given * 1e9 for given in (gflops, reducer_gflops)
     )
@@ -262,24 +266,8 @@ def plan(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _job(
-    spec: Path, overrides: list[str] | None, save_model: bool, restart: bool
-) -> tuple[JobSpec, str]:
-    """The job that a command names, and what goes with the same command to resume it."""
-    from pipeline.results.remote import next_free_place
-
-    extra = ["output.save_model=true"] if save_model else []
-    job = load_spec(spec, [*(overrides or []), *extra])
-    if not restart:
-        return job, ""
-    place = next_free_place(job.place)
-    return job.at(place), f"without --restart and with --set output.path={place}"
-
-
-def _resumable(spec: JobSpec, how_to_resume: str) -> AbstractContextManager[None]:
-    """Raise `Stopped` in the block on a signal, and say how to go on."""
-    way = " ".join(filter(None, ("the same command", how_to_resume)))
-    return raising_stopped(f"what was finished is kept in {spec.place}, and {way} resumes it")
+def _saving(overrides: list[str] | None, save_model: bool) -> list[str]:
+    return [*(overrides or []), *(["output.save_model=true"] if save_model else [])]
 
 
 def _edit(spec: JobSpec, how_to_resume: str, *, is_study: bool = False) -> None:
@@ -293,7 +281,7 @@ def _edit(spec: JobSpec, how_to_resume: str, *, is_study: bool = False) -> None:
     console = make_console()
     require_trackers(spec.output.trackers)
     warn_of_temporary(spec.run_path)
-    with _resumable(spec, how_to_resume):
+    with resumable(spec, how_to_resume):
         result = (run_sequential if is_study else run_batch_edit)(spec, console=console)
     console.print((study_tables if is_study else summary_tables)(result.summary))
     for line in problem_lines(read(result.path).edits().to_pylist()):
@@ -317,7 +305,7 @@ def _compare(spec: JobSpec, how_to_resume: str) -> None:
     console = make_console()
     require_trackers(spec.output.trackers)
     warn_of_temporary(spec.run_path)
-    with _resumable(spec, how_to_resume):
+    with resumable(spec, how_to_resume):
         results = run_comparison(spec, console=console)
     runs = [result.path for result in results]
     console.print(comparison_table({result.path.name: result.summary for result in results}))

@@ -31,7 +31,7 @@ from pipeline.watching import logs
 from pipeline.watching.watch import watch_of
 
 
-class _Hosts(Protocol):
+class Hosts(Protocol):
     """Workers that several studies share."""
 
     ended: threading.Event
@@ -42,8 +42,8 @@ class _Hosts(Protocol):
 
 
 @dataclass
-class _Member:
-    """One study of a comparison, and what became of it."""
+class Member:
+    """One of several studies that share workers, and what became of it."""
 
     plan: Plan
     store: RunStore | None
@@ -84,6 +84,8 @@ def run_comparison(
         InputError: as of `run_sequential`, of any study; nothing was started.
         JobFailedError: some studies could not go on; the others are finished.
     """
+    if spec.survey is not None:
+        raise InputError("survey: run it with `editfleet survey` (run_survey), or set it to null")
     if spec.rounds is None:
         raise InputError("compare: it is of sequential studies; give rounds.size too")
     if restart:
@@ -104,7 +106,7 @@ def _members(
     requests: Sequence[EditRequest] | None,
     console: Console | None,
     mirrors: list[Mirror | None],
-) -> list[_Member]:
+) -> list[Member]:
     """Plan every study and find those that are complete; requests are read once for all."""
     plans: dict[str, Plan] = {}
     members = []
@@ -117,11 +119,11 @@ def _members(
         store = open_earlier(study)
         progress = PhaseProgress(console, study.run_path.name)
         progress.watch, progress.mirror = watch_of(settled), mirror
-        members.append(_Member(plan, store, progress, check_job(plan, store, progress)))
+        members.append(Member(plan, store, progress, check_job(plan, store, progress)))
     return members
 
 
-def _held_already(members: list[_Member]) -> Sharing:
+def _held_already(members: list[Member]) -> Sharing:
     """What earlier runs hold of the work that is shared."""
     sharing = Sharing()
     for member in members:
@@ -137,14 +139,14 @@ def _held_already(members: list[_Member]) -> Sharing:
     return sharing
 
 
-def _run_side_by_side(members: list[_Member], sharing: Sharing) -> None:
+def _run_side_by_side(members: list[Member], sharing: Sharing) -> None:
     """Give every study a thread; they take turns at the workers, whose queues never run empty."""
     with ExitStack() as starting:
         for member in members:
             starting.enter_context(member.progress.phase("start", 1))
-        hosts = _start_hosts([member.plan.spec for member in members])
+        hosts = start_hosts([member.plan.spec for member in members], len(members))
     threads = [
-        threading.Thread(target=_run_member, args=(hosts, place, member, len(members), sharing))
+        threading.Thread(target=run_member, args=(hosts, place, member, len(members), sharing))
         for place, member in enumerate(members)
     ]
     try:
@@ -165,7 +167,7 @@ def _run_side_by_side(members: list[_Member], sharing: Sharing) -> None:
             raise member.error
 
 
-def _require_none_failed(members: list[_Member]) -> None:
+def _require_none_failed(members: list[Member]) -> None:
     failed = [member for member in members if member.error is not None]
     if not failed:
         return
@@ -176,7 +178,16 @@ def _require_none_failed(members: list[_Member]) -> None:
     )
 
 
-def _run_member(hosts: _Hosts, place: int, member: _Member, studies: int, sharing: Sharing) -> None:
+def run_member(hosts: Hosts, place: int, member: Member, studies: int, sharing: Sharing) -> None:
+    """Make one study of several; what ends it early becomes `member.error`.
+
+    Args:
+        hosts: the workers.
+        place: the study's place among their specs.
+        member: the study.
+        studies: how many are under way at the same time.
+        sharing: what they share.
+    """
     spec = member.plan.spec
     try:
         engine = hosts.engine(place)
@@ -196,10 +207,11 @@ def _run_member(hosts: _Hosts, place: int, member: _Member, studies: int, sharin
             member.progress.say(f"ended early: {error}")
 
 
-def _start_hosts(specs: list[JobSpec]) -> _Hosts:
+def start_hosts(specs: Sequence[JobSpec], at_once: int) -> Hosts:
+    """Start workers that studies of one model share, so many of them at the same time."""
     if specs[0].cluster.engine == "in_process":
-        return InProcessHosts(settled_here(specs))
+        return InProcessHosts(settled_here(specs), at_once)
     # Ray is imported only where it is used: the core and this engine run without it.
     from pipeline.cluster.ray_hosts import RayHosts
 
-    return RayHosts(specs)
+    return RayHosts(specs, at_once)

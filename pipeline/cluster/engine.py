@@ -7,7 +7,7 @@ scheduler's (scheduler.py).
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,6 +88,14 @@ class Engine(Protocol):
         """Call the reducer and wait for its answer (WorkerLostError as in `result`)."""
         ...
 
+    def lane(self, worker: int) -> AbstractContextManager["Engine"]:
+        """An engine of this worker alone, with a reducer of its own, for a while."""
+        ...
+
+    def reducers_used(self) -> list[dict[str, Any]]:
+        """What the calls to reducers took (`pipeline.cluster.usage`), where it is counted."""
+        ...
+
     def close(self) -> None:
         """End all workers."""
         ...
@@ -148,13 +156,24 @@ class InProcessEngine:
     def reduce(self, method: str, *args: Any) -> Any:
         """Call the reducer."""
         with compute_threads(self.spec.cluster.reducer_threads):
-            return getattr(self._reducer, method)(*args)
+            return self._do_reduce(method, *args)
+
+    def lane(self, worker: int) -> AbstractContextManager[Engine]:
+        """This engine, which has one worker."""
+        return nullcontext(self)
+
+    def reducers_used(self) -> list[dict[str, Any]]:
+        """It is not counted."""
+        return []
 
     def close(self) -> None:
         """Nothing outlives this process."""
 
     def _do(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._worker, method)(*args, **kwargs)
+
+    def _do_reduce(self, method: str, *args: Any) -> Any:
+        return getattr(self._reducer, method)(*args)
 
     def _new_worker(self) -> EditWorker:
         threads = self.spec.cluster.cpus_per_worker

@@ -1,6 +1,8 @@
 """Calls to Ray actors, and which of Ray's errors mean that something was lost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,7 +17,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from pipeline.cluster.engine import KEPT_IN_PLACE, Call, WorkerLostError
+from pipeline.cluster.engine import KEPT_IN_PLACE, Call, Engine, WorkerLostError
 from pipeline.errors import InputError, JobFailedError
 from pipeline.spec import JobSpec
 
@@ -73,19 +75,92 @@ class RayCalls:
     def reduce(self, method: str, *args: Any) -> Any:
         """Call the reducer and wait; a lost reducer is replaced before the error goes on."""
         try:
-            handle = getattr(self._reducer, method).remote(*args)
+            handle = self._reducing(self._reducer, method, *args)
             return fetch(handle, self.spec.cluster.call_timeout_seconds)
         except WorkerLostError:
             ray.kill(self._reducer)
             self._reducer = self._new_reducer()
             raise
 
+    def reducers_used(self) -> list[dict[str, Any]]:
+        """It is not counted."""
+        return []
+
+    @contextmanager
+    def lane(self, worker: int) -> Iterator[Engine]:
+        """An engine of this worker alone, with a reducer of its own, for a while."""
+        lane = RayLane(self, worker)
+        try:
+            yield lane
+        finally:
+            lane.close()
+
+    def restart(self, worker: int) -> None:
+        """Replace a lost worker."""
+        raise NotImplementedError
+
+    def needs(self) -> str:
+        """What a worker asks for and what is free."""
+        raise NotImplementedError
+
     def _bound(self, worker: int, method: str) -> tuple[Any, tuple[Any, ...]]:
         """The actor's method that stands for a worker's, and what comes before its arguments."""
         return getattr(self._workers[worker], method), ()
 
+    def _reducing(self, reducer: Any, method: str, *args: Any) -> Any:
+        """Start a method of a reducer."""
+        return getattr(reducer, method).remote(*args)
+
     def _new_reducer(self) -> Any:
         raise NotImplementedError
+
+    def _end_reducer(self, reducer: Any) -> None:
+        """Called with a reducer that is needed no more."""
+        ray.kill(reducer)
+
+
+class RayLane(RayCalls):
+    """One worker of an engine, for work that needs no other, with a reducer of its own.
+
+    Args:
+        engine: whose worker it is.
+        worker: its number there; here it is 0.
+    """
+
+    num_workers = 1
+    late: frozenset[int] = frozenset()
+
+    def __init__(self, engine: RayCalls, worker: int) -> None:
+        self._engine, self._worker = engine, worker
+        self.spec = engine.spec
+        self._reducer = self._new_reducer()
+
+    def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Start a method."""
+        call = self._engine.submit(self._worker, method, *args, **kwargs)
+        return replace(call, worker=worker)
+
+    def wait(self, calls: Sequence[Call], timeout: float) -> list[Call]:
+        """Wait for one call."""
+        return self._engine.wait(calls, timeout)
+
+    def restart(self, worker: int) -> None:
+        """Replace the worker if it is lost."""
+        self._engine.restart(self._worker)
+
+    def needs(self) -> str:
+        """As of the engine."""
+        return self._engine.needs()
+
+    def close(self) -> None:
+        """End the reducer; the worker is the engine's."""
+        self._engine._end_reducer(self._reducer)
+
+    def _reducing(self, reducer: Any, method: str, *args: Any) -> Any:
+        return self._engine._reducing(reducer, method, *args)
+
+    def _new_reducer(self) -> Any:
+        return self._engine._new_reducer()
 
 
 def _combined(function: Callable[[Sequence[Any]], Any], threads: int, *parts: Any) -> Any:

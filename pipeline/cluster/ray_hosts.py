@@ -7,12 +7,12 @@ from typing import Any
 
 import ray
 
-from pipeline.cluster.engine import Call
+from pipeline.cluster.engine import Call, WorkerLostError
 from pipeline.cluster.gpus import settled
-from pipeline.cluster.host import WorkerHost
+from pipeline.cluster.host import ReducerHost, WorkerHost
 from pipeline.cluster.hosts import StudiesEnded
-from pipeline.cluster.ray_calls import RayCalls
-from pipeline.cluster.ray_engine import RayEngine, new_reducer
+from pipeline.cluster.ray_calls import RayCalls, fetch
+from pipeline.cluster.ray_engine import RayEngine
 from pipeline.cluster.ray_gpus import find_gpus, node_gpus
 from pipeline.spec import JobSpec
 
@@ -25,15 +25,17 @@ class RayHosts(RayEngine):
 
     Args:
         specs: resolved specs, of one model and one `cluster`.
+        at_once: how many of them are under way at the same time.
 
     Raises:
         InputError, JobFailedError: as of `RayEngine`.
     """
 
-    def __init__(self, specs: Sequence[JobSpec]) -> None:
-        self.specs = tuple(specs)
+    def __init__(self, specs: Sequence[JobSpec], at_once: int) -> None:
+        self.specs, self._at_once = tuple(specs), at_once
         self.ended = threading.Event()
         self._renewing = threading.Lock()
+        self._free_reducers: list[Any] = []
         super().__init__(self.specs[0])
 
     def engine(self, study: int) -> "RayGuest":
@@ -57,7 +59,30 @@ class RayHosts(RayEngine):
         )
         # The first one says how many GPUs there are.
         specs = (self.spec, *self.specs[1:])
-        return actor.remote(specs, self.spec.cluster.cpus_per_worker)
+        return actor.remote(specs, self.spec.cluster.cpus_per_worker, self._at_once)
+
+    def lend_reducer(self, spec: JobSpec) -> Any:
+        """A reducer for a study: one that another study has given back, or a new one."""
+        try:
+            actor = self._free_reducers.pop()
+        except IndexError:
+            # It works while the workers wait, so it asks for no processor of its own.
+            options = {"num_cpus": 0, "num_gpus": spec.cluster.reducer_gpus or 0}
+            options |= {"max_restarts": 0, "max_task_retries": 0}
+            actor = ray.remote(ReducerHost).options(**options).remote()
+        actor.serve.remote(spec.method, spec.cluster.reducer_threads)
+        return actor
+
+    def take_back(self, reducer: Any) -> None:
+        """Keep a reducer for the next study."""
+        self._free_reducers.append(reducer)
+
+    def close(self) -> None:
+        """End all actors, and the cluster if this engine started it."""
+        for reducer in self._free_reducers:
+            ray.kill(reducer)
+        self._free_reducers = []
+        super().close()
 
     def _settle_gpus(self) -> JobSpec:
         return settled(self.spec, find_gpus, studies=self.specs) if node_gpus() else self.spec
@@ -78,6 +103,7 @@ class RayGuest(RayCalls):
         self.spec = hosts.specs[study]
         self.num_workers, self.late = hosts.num_workers, hosts.late
         self._workers = hosts.workers()
+        self._used: list[dict[str, Any]] = []
         self._reducer = self._new_reducer()
 
     def submit(self, worker: int, method: str, *args: Any, **kwargs: Any) -> Call:
@@ -105,19 +131,35 @@ class RayGuest(RayCalls):
         self._require_going_on()
         self._workers[worker] = self._hosts.renew(worker, self._workers[worker])
 
+    def reducers_used(self) -> list[dict[str, Any]]:
+        """What the calls to its reducers took, those of its lanes included."""
+        return [*self._used, fetch(self._reducer.used.remote())]
+
     def needs(self) -> str:
         """As of all studies' engine."""
         return self._hosts.needs()
 
     def close(self) -> None:
-        """End the reducer; the workers are everybody's."""
-        ray.kill(self._reducer)
+        """Give the reducer back and let the workers, which are everybody's, forget the study."""
+        for worker in self._workers:
+            worker.end.remote(self._study)
+        self._end_reducer(self._reducer)
 
     def _bound(self, worker: int, method: str) -> tuple[Any, tuple[Any, ...]]:
         return self._workers[worker].call, (self._study, method)
 
+    def _reducing(self, reducer: Any, method: str, *args: Any) -> Any:
+        return reducer.call.remote(method, *args)
+
     def _new_reducer(self) -> Any:
-        return new_reducer(self.spec)
+        return self._hosts.lend_reducer(self.spec)
+
+    def _end_reducer(self, reducer: Any) -> None:
+        try:
+            self._used.append(fetch(reducer.used.remote()))
+        except WorkerLostError:
+            return  # with what it had counted
+        self._hosts.take_back(reducer)
 
     def _require_going_on(self) -> None:
         if self._hosts.ended.is_set():

@@ -155,11 +155,21 @@ def edit_rows(
 def finish_run(
     store: RunStore,
     progress: PhaseProgress,
-    memory: list[dict[str, int]],
+    memory: list[dict[str, Any]],
+    reducers: list[dict[str, Any]],
     status: str = "finished",
 ) -> dict[str, Any]:
-    """Write summary.json, close the manifest, and return the summary."""
-    is_study = store.manifest["spec"]["rounds"] is not None
+    """Write summary.json, close the manifest, and return the summary.
+
+    Args:
+        store: the run.
+        progress: its seconds.
+        memory: what each worker took.
+        reducers: what the reducers took, where that was counted.
+        status: how it ended.
+    """
+    study = store.manifest["spec"]["rounds"]
+    is_study = study is not None
     seconds = _rounded(progress.seconds)
     rounds = [entry.model_dump() for entry in read_seconds(store.path)] if is_study else None
     summary = {
@@ -169,6 +179,7 @@ def finish_run(
             store.read_parts("metrics"),
             store.read_parts("general"),
             rounds,
+            rolled_back=is_study and study["rollback"],
         ),
         "seconds": seconds,
     }
@@ -182,6 +193,7 @@ def finish_run(
         seconds=seconds,
         bytes=dict(sizes),
         peak_worker_memory_bytes=memory,
+        reducers_used=reducers,
     )
     return summary
 

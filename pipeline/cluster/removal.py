@@ -65,6 +65,11 @@ class Removal:
                 f"{store.place}: the edits of a round by {spec.method.name} cannot be told apart;"
                 " `unedit` is for methods that solve for values (docs/methods.md)"
             )
+        if spec.rolls_back:
+            raise InputError(
+                f"{store.place}: every round was rolled back, so no model holds several edits; the"
+                " unedited model is the one without them"
+            )
         layers, edits = _layers(spec), []
         for round in range(read_begun(store).plan.rounds):
             kept = store.layers("keys", round)

@@ -160,7 +160,7 @@ def drop_unsound(store: RunStore, plan: Plan) -> int:
 
     All values of a stage go into every update of it, an update into those after it, into the later
     stages and rounds, and all of them into the scores of the edited model: without the one, the
-    other is computed again.
+    other is computed again. Rounds that are rolled back have nothing from one another.
     """
     damaged = store.damaged()
     for _, error in damaged:
@@ -168,7 +168,7 @@ def drop_unsound(store: RunStore, plan: Plan) -> int:
     lost = {part.name: part for part, _ in damaged}
     stands = True
     for round in range(len(plan.rounds.shards)):
-        came_from, stands = _unsound(store, lost, round, plan, stands)
+        came_from, stands = _unsound(store, lost, round, plan, stands or plan.spec.rolls_back)
         lost |= {part.name: part for part in came_from}
     if len(lost) > len(damaged):
         names = ", ".join(list(lost)[len(damaged) :])
@@ -225,7 +225,7 @@ def _unsound_training(
         kind: [part for part in store.parts(kind, round) if part.name not in lost] for kind in KINDS
     }
     wanted: dict[Kind, int] = {"update": len(plan.layers), "training": 1}
-    if build_gradient_method(plan.spec.method).remembers:
+    if build_gradient_method(plan.spec.method).remembers and not plan.spec.rolls_back:
         wanted["state"] = 1
     damaged = {part.kind for part in lost.values() if part.round == round}
     if not stands or damaged & wanted.keys():

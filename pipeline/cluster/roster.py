@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
@@ -56,6 +56,10 @@ class Roster:
     def remember(self, told: Told) -> None:
         """Note what all present workers are told, for those that come later, in this order."""
         self._history.append(told)
+
+    def remember_only(self, history: Sequence[Told]) -> None:
+        """Note this in the place of all that was noted before."""
+        self._history = list(history)
 
     def lose(self, worker: int, error: WorkerLostError) -> None:
         """Ask for a lost worker again; until it is back it is not present.

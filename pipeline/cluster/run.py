@@ -75,6 +75,7 @@ def run_batch_edit(
         JobFailedError: the job could not go on; the run directory holds what was finished.
         ResultsDamagedError: the run's manifest is damaged.
     """
+    _require_one_study(spec)
     if spec.rounds is not None:
         raise InputError(
             "rounds: the spec is that of a sequential study; run it with `editfleet sequential`, or"
@@ -104,6 +105,7 @@ def run_sequential(
     Raises:
         InputError, JobFailedError, ResultsDamagedError: as of `run_batch_edit`.
     """
+    _require_one_study(spec)
     if spec.rounds is None:
         raise InputError(
             "rounds: the spec of a sequential study says how it is cut into rounds; give"
@@ -112,9 +114,13 @@ def run_sequential(
     return _run(spec, requests, restart, console)
 
 
-def _run(
-    spec: JobSpec, requests: Sequence[EditRequest] | None, restart: bool, console: Console | None
-) -> RunResult:
+def _require_one_study(spec: JobSpec) -> None:
+    """Check that a spec is of one batch or study (InputError)."""
+    if spec.survey is not None:
+        raise InputError(
+            "survey: the spec is of many studies; run it with `editfleet survey` (run_survey), or"
+            " set survey to null"
+        )
     if spec.compare is not None:
         raise InputError(
             "compare: the spec is of several studies; run it with `editfleet sequential`"
@@ -135,6 +141,11 @@ def _run(
             "assess: the spec is that of an assessment; run it with `editfleet assess`, or set"
             " assess to null to edit"
         )
+
+
+def _run(
+    spec: JobSpec, requests: Sequence[EditRequest] | None, restart: bool, console: Console | None
+) -> RunResult:
     if restart:
         spec = spec.at(next_free_place(spec.place))
     progress = PhaseProgress(console)
@@ -165,6 +176,11 @@ def check_job(plan: Plan, store: RunStore | None, progress: PhaseProgress) -> Ru
     Raises:
         InputError: the plan cannot be carried out, or is another than the run's.
     """
+    if plan.spec.rolls_back and plan.spec.output.save_model:
+        raise InputError(
+            "output.save_model: every round is rolled back (rounds.rollback), so no model holds the"
+            " edits; `editfleet export RUN DIR --round N` writes that of a round"
+        )
     rounds = range(len(plan.rounds.shards))
     check_batch(plan.spec.method, max(len(plan.rounds.requests(round)) for round in rounds))
     if store is None:

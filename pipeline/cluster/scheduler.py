@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.cluster.engine import Call, Engine, WorkerLostError
-from pipeline.cluster.roster import Roster
+from pipeline.cluster.roster import Roster, Told
 from pipeline.cluster.shards import Piece, PieceQueue, Shard
 from pipeline.cluster.waiting import Waiter
 from pipeline.editing.update import Change
@@ -95,6 +95,7 @@ class Scheduler:
         self._waiter = Waiter(engine, stall_seconds, call_timeout_seconds)
         self._roster = Roster(engine, self._waiter, max_retries, engine.late)
         self.version = 0
+        self._told: list[Told] = []
         self._home: dict[str, dict[int, int]] = {}
         self.observers: list[Callable[[Ended], None]] = []
 
@@ -179,7 +180,8 @@ class Scheduler:
         self._tell("set_queries", queries)
 
     def _tell(self, method: str, value: Any) -> None:
-        self._roster.remember(lambda: (method, (value,), {}))
+        self._told.append(lambda: (method, (value,), {}))
+        self._roster.remember(self._told[-1])
         self.broadcast(method, value)
 
     def apply(self, layer: int, update: Change, reload: Callable[[], Change] | None = None) -> None:
@@ -208,6 +210,26 @@ class Scheduler:
                 came_of_it, seconds = "lost", call.age
                 self._roster.lose(call.worker, error)
             self._announce(Ended("apply", call.worker, seconds, came_of_it, version=version))
+
+    def revert(self) -> None:
+        """Put the unedited weights back everywhere: version 0."""
+        self._roster.remember_only(self._told)
+        self.version = 0
+        self.broadcast("revert")
+
+    def beside(self, engine: Engine) -> "Scheduler":
+        """A scheduler over some of this one's workers, at version 0, which know what these know."""
+        waiter = self._waiter
+        times = waiter.stall_seconds, waiter.call_timeout_seconds
+        other = Scheduler(engine, self.max_retries, *times)
+        other._told = list(self._told)
+        other._roster.remember_only(self._told)
+        return other
+
+    @property
+    def workers(self) -> list[int]:
+        """Numbers of the workers that are there."""
+        return sorted(self._roster.present)
 
     def _announce(self, ended: Ended) -> None:
         for observer in self.observers:

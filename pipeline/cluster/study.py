@@ -1,6 +1,7 @@
 """A job under way: round after round of values, updates and scores. A batch job is one round."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline.cluster.adapting import Adapting
 from pipeline.cluster.anchor import measure_anchor
+from pipeline.cluster.apart import Lane, run_lanes
 from pipeline.cluster.covariance import Covariances, ensure_covariances
 from pipeline.cluster.divergence import find_ruin, not_taken, stop_or_warn
 from pipeline.cluster.engine import Engine
@@ -44,7 +46,7 @@ from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.cluster.sharing import Sharing, take_over, unedited_key, values_key
 from pipeline.cluster.training import Training
-from pipeline.cluster.value_search import search_values, without
+from pipeline.cluster.value_search import search_values, search_values_apart, without
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.editors import require_own_editor
 from pipeline.errors import DivergedError, JobFailedError
@@ -55,6 +57,7 @@ from pipeline.methods import (
     build_method,
 )
 from pipeline.requests import EditRequest
+from pipeline.results.listing import Kind
 from pipeline.results.seconds import write_seconds
 from pipeline.results.store import RunStore
 from pipeline.spec import MethodSpec
@@ -64,6 +67,9 @@ log = logging.getLogger(__name__)
 
 # Where a round has fewer edits, all of them getting worse says little about the model.
 _LEAST_TO_JUDGE_A_ROUND_BY = 10
+
+# What a round that diverged may have written already; its values stay.
+_OF_UPDATES: tuple[Kind, ...] = ("update", "keys", "training", "piece")
 
 _Writer = Insertion | Training | Locating | Adapting
 
@@ -112,11 +118,51 @@ class Study:
         store = self._begin(worker, covariances)
         if self.plan.spec.evaluation.baseline:
             self._ask_unedited(store)
+        if self.plan.spec.rolls_back:
+            self._rounds_apart(store, covariances, worker)
+            return self._finish(store)
         writer = self._writer(store, covariances, worker)
         for round in range(len(self.plan.rounds.shards)):
             with logs.about(round=round):
                 self._timed_round(store, writer, round)
         return self._finish(store)
+
+    def _rounds_apart(
+        self, store: RunStore, covariances: Covariances | None, worker: WorkerDescription
+    ) -> None:
+        """Make every round from the unedited model, as many at once as there are workers."""
+        if self.plan.spec.method.is_closed_form:
+            search_values_apart(self.plan, self.scheduler, store, self.progress)
+        # Made once, on all workers: what it tells them, every lane's worker knows.
+        writer = self._writer(store, covariances, worker)
+
+        def make(number: int, lane: Lane) -> None:
+            beside = Study(self.plan, lane.engine, lane.scheduler, lane.progress, self.earlier)
+            beside.store = store
+            own = replace(writer, scheduler=lane.scheduler, progress=lane.progress)
+            beside._round_apart(store, own, number)
+            lane.scheduler.revert()
+
+        left = [
+            round
+            for round in range(len(self.plan.rounds.shards))
+            if not store.has_part("edits", round, 0)
+        ]
+        run_lanes(self.engine, self.scheduler, self.progress, self.plan, left, make)
+
+    def _round_apart(self, store: RunStore, writer: _Writer, round: int) -> None:
+        """Make one round; if it diverges its edits have failed, and no other round knows."""
+        try:
+            self._timed_round(store, writer, round)
+        except DivergedError as error:
+            requests = self.plan.rounds.requests(round)
+            log.warning("round %d diverged: %s", round, error)
+            self.failures |= {request.case_id: f"it diverged: {error}" for request in requests}
+            self.scheduler.revert()
+            for kind in _OF_UPDATES:
+                for part in store.parts(kind, round):
+                    store.withdraw(part)
+            self._timed_round(store, writer, round)
 
     def _ask_unedited(self, store: RunStore) -> None:
         """Score and measure the unedited model, unless a study beside this one has done so."""
@@ -158,7 +204,7 @@ class Study:
         if not store.has_part("edits", round, 0):
             of_round = metrics.filter(pc.equal(metrics["edit_round"], round))
             self._write_edits(store, not_taken(of_round, round), round)
-        if metrics.num_rows:
+        if metrics.num_rows and not self.plan.spec.rolls_back:
             self._require_no_ruin(store, metrics, round)
 
     def _insert(self, store: RunStore, insertion: Insertion, round: int) -> None:
@@ -198,8 +244,8 @@ class Study:
         if ruin is None:
             return
         if self.plan.spec.output.on_divergence == "stop":
-            memory = self.scheduler.broadcast("peak_memory")
-            finish_run(store, self.progress, memory, status="failed")
+            memory, reducers = self.scheduler.broadcast("peak_memory"), self.engine.reducers_used()
+            finish_run(store, self.progress, memory, reducers, status="failed")
         stop_or_warn(self.plan.spec, ruin if self.is_batch else f"round {round}: {ruin}")
 
     def _write_edits(self, store: RunStore, notes: dict[str, str], round: int) -> None:
@@ -220,14 +266,15 @@ class Study:
             is_cause = request.case_id in error.case_ids
             what = "its numbers are not finite" if is_cause else "the batch diverged"
             self.failures[request.case_id] = f"{what}: {error}"
-        self._write_edits(store, {}, round)
+        if not self.plan.spec.rolls_back:
+            self._write_edits(store, {}, round)
 
     def _finish(self, store: RunStore) -> dict[str, Any]:
-        memory = self.scheduler.broadcast("peak_memory")
+        memory, reducers = self.scheduler.broadcast("peak_memory"), self.engine.reducers_used()
         if self.plan.spec.output.save_model:
             applied = self.plan.num_requests - len(self.failures)
             save_edited_model(store, self.scheduler, applied)
-        return finish_run(store, self.progress, memory)
+        return finish_run(store, self.progress, memory, reducers)
 
     def _covariances(self, worker: WorkerDescription) -> Covariances | None:
         """The covariances, where an update is still to be solved for."""
@@ -282,8 +329,11 @@ class Study:
             return self._adapting(store, worker)
         if not spec.method.is_closed_form:
             retries, method = spec.cluster.max_retries, build_gradient_method(spec.method)
-            return Training(method, self.scheduler, store, worker, self.progress, retries)
-        remembers = not self.is_batch and build_method(spec.method).remembers
+            carries_over = not spec.rolls_back
+            given = self.scheduler, store, worker, self.progress, retries, carries_over
+            return Training(method, *given)
+        goes_on = not self.is_batch and not spec.rolls_back
+        remembers = goes_on and build_method(spec.method).remembers
         past = PastGrams(spec.cluster.reducer_threads) if remembers else None
         return Insertion(spec, self.scheduler, store, covariances, worker, self.progress, past)
 
@@ -329,7 +379,8 @@ class Study:
         live = without(self.plan.value_shards(round, stage), self.failures)
         live = [shard for shard in live if shard.items]
         requests = self.plan.rounds.requests(round)
-        if not live and (self.is_batch or len(requests) > 1):
+        is_alone = len(requests) == 1 or self.plan.spec.rolls_back
+        if not live and (self.is_batch or not is_alone):
             reason = self.failures[requests[0].case_id]
             where = "" if self.is_batch else f"round {round}: "
             raise JobFailedError(
@@ -337,7 +388,7 @@ class Study:
             )
         if not live:
             # Where rounds are single edits, one that fails is no reason to end the study.
-            log.warning("round %d: its request has no value; its updates are empty", round)
+            log.warning("round %d: no request has a value; its updates are empty", round)
         return live
 
     def _measure_general(self, store: RunStore, round: int) -> None:

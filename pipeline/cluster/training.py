@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.engine import WorkerLostError
 from pipeline.cluster.progress import PhaseProgress, Ticker
@@ -14,7 +16,7 @@ from pipeline.cluster.scheduler import Outcome, Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.descent import Step
-from pipeline.editing.update import Change
+from pipeline.editing.update import Change, Update
 from pipeline.errors import JobFailedError
 from pipeline.methods import GradientMethod
 from pipeline.methods.gradient import State
@@ -57,6 +59,8 @@ class Training:
         worker: names the edited weights.
         progress: shows how far it is.
         max_retries: times that a round begins anew after its reducer was lost.
+        carries_over: whether a round knows what the one before has left; not where rounds are
+            rolled back.
     """
 
     method: GradientMethod
@@ -65,6 +69,7 @@ class Training:
     worker: WorkerDescription
     progress: PhaseProgress
     max_retries: int
+    carries_over: bool = True
 
     def train(self, requests: Sequence[EditRequest], round: int) -> dict[str, str]:
         """Edit a round's requests; updates that the run holds already are applied as they are.
@@ -104,7 +109,7 @@ class Training:
                 weight_version=self.scheduler.version,
                 failed=failures,
             )
-        if made.state:
+        if made.state and self.carries_over:
             write_state(self.store, made.state, round=round, layer=self.method.layers[0])
         stored = self.store.layers("update", round)
         for layer, update in updates.items():
@@ -120,6 +125,8 @@ class Training:
         lost = 0
         while True:
             left = [request for request in requests if request.case_id not in failures]
+            if not left and not self.carries_over:
+                return _Made(self._nothing(), {}), failures
             if not left:
                 reason = next(iter(failures.values()))
                 raise JobFailedError(
@@ -136,6 +143,14 @@ class Training:
                     raise JobFailedError(f"the reducer keeps dying: {error}") from error
             except ValueError as error:
                 raise JobFailedError(f"round {round}: {error}") from error
+
+    def _nothing(self) -> dict[int, Update]:
+        """Updates of rank 0, of a round that stands alone and in which every request failed."""
+        size = self.worker.hidden_size
+        return {
+            layer: Update.of(torch.zeros(size, 0), torch.zeros(0, self.worker.key_sizes[layer]))
+            for layer in self.method.layers
+        }
 
     def _descend(self, requests: Sequence[EditRequest], round: int, ticker: Ticker) -> _Made:
         engine, version = self.scheduler.engine, self.scheduler.version
@@ -197,7 +212,7 @@ class Training:
 
     def _state_before(self, round: int) -> State | None:
         """What the round before left behind."""
-        if round == 0 or not self.method.remembers:
+        if round == 0 or not self.method.remembers or not self.carries_over:
             return None
         return read_state(self.store.layers("state", round - 1)[self.method.layers[0]])
 

@@ -3,13 +3,21 @@
 from collections.abc import Container
 from dataclasses import replace
 from itertools import chain
+from typing import Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.outcomes import finite_values, num_items, shards_left
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.scheduler import Outcome, Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.results.store import RunStore
+
+# Edits of small rounds that are searched together.
+_EDITS_TOGETHER = 16
 
 
 def search_values(
@@ -63,6 +71,72 @@ def search_values(
             )
             ticker.advance(len(outcome.shard.items))
     return store.failed("values", round, {shard.index for shard in shards})
+
+
+def search_values_apart(
+    plan: Plan, scheduler: Scheduler, store: RunStore, progress: PhaseProgress
+) -> None:
+    """Search the first values of all rounds of a study that rolls back, in one phase.
+
+    All of them are of the unedited model, so edits of several rounds share a shard.
+
+    Args:
+        plan: the study.
+        scheduler: its workers hold no update.
+        store: the run; each value is in the part that a search of its round would have written.
+        progress: shows how far it is.
+    """
+    every = [
+        (round, shard)
+        for round in range(len(plan.rounds.shards))
+        for shard in plan.value_shards(round, 0)
+    ]
+    groups = _of_like_length(every, plan.spec.cluster.shard_size)
+    left = {
+        group.index: [
+            (round, shard)
+            for round, shard in group.items
+            if not store.has_part("values", round, shard.index)
+        ]
+        for group in groups
+    }
+    # A group is searched as a whole whatever is left of it: its batches decide last bits.
+    searched = [
+        Shard(group.index, tuple(request for _, shard in group.items for request in shard.items))
+        for group in groups
+        if left[group.index]
+    ]
+    total = num_items([shard for _, shard in every])
+    with progress.phase("values", total, total - num_items(searched)) as ticker:
+        outcomes = scheduler.run("values", searched, lambda _, items: (items,), version=0, round=0)
+        for outcome in outcomes:
+            rows, failed = finite_values(outcome)
+            for round, shard in left[outcome.shard.index]:
+                case_ids = [request.case_id for request in shard.items]
+                own = rows.filter(pc.is_in(rows["case_id"], pa.array(case_ids)))
+                numbers = pa.array([round] * own.num_rows, pa.int32())
+                store.write_part(
+                    "values",
+                    own.set_column(own.column_names.index("round"), "round", numbers),
+                    round=round,
+                    shard=shard.index,
+                    weight_version=0,
+                    failed={name: failed[name] for name in case_ids if name in failed},
+                )
+            ticker.advance(len(outcome.shard.items))
+
+
+def _of_like_length(every: list[tuple[int, Shard]], size: int | Literal["auto"]) -> list[Shard]:
+    """Shards of rounds, put together to groups of about `size` edits, the longest first."""
+
+    def length(entry: tuple[int, Shard]) -> int:
+        return max(len(request.text) + len(request.target_new) for request in entry[1].items)
+
+    largest = max((len(shard.items) for _, shard in every), default=1)
+    together: int | Literal["auto"] = size
+    if largest > 1:
+        together = max(1, (_EDITS_TOGETHER if size == "auto" else size) // largest)
+    return cut_shards(sorted(every, key=length, reverse=True), together)
 
 
 def without(shards: list[Shard], failures: Container[str]) -> list[Shard]:

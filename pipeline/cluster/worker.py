@@ -306,6 +306,12 @@ class EditWorker:
         self.weights.apply(layer, update)
         return self.weights.version
 
+    def revert(self) -> None:
+        """Put the unedited weights back, to the bit: version 0."""
+        self.weights.revert()
+        self._waves.clear()
+        self._laid_out.clear()
+
     def masters(self, *, version: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Every edited weight as it is now and as it was at first: layer -> (D, F) float64."""
         self._require(version)
@@ -432,8 +438,9 @@ class EditWorker:
         """Score probes of edits of the given rounds; rows of metrics/."""
         self._require(version)
         given = self.weights, self.tokenizer, asked
-        scores = scores_of(*given, max_tokens=self._max_tokens)
-        generated = continuations_of(*given, self.spec.evaluation, max_tokens=self._max_tokens)
+        wanted, most = self.spec.evaluation, self._max_tokens
+        scores = scores_of(*given, max_tokens=most, compared=wanted.unchanged)
+        generated = continuations_of(*given, wanted, max_tokens=most)
         return conform(
             "metrics",
             metrics.rows(asked, scores, round=round, edit_rounds=edit_rounds, generated=generated),

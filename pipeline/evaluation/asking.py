@@ -1,6 +1,6 @@
 """Asking probes of an edited model: scored, compared with the unedited one, and continued."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +21,13 @@ def scores_of(
     asked: Sequence[Probe],
     *,
     max_tokens: int,
+    compared: Collection[str] = ("locality",),
 ) -> list[Score]:
     """Score probes as the model is now, in their order; a generation probe has no score.
 
-    What the unedited model says to locality probes is asked of the pristine weights, put back for
-    that long; at version 0 there is nothing to compare, and `unchanged` stays None.
+    What the unedited model says to the `compared` kinds of probe, locality or neighborhood, is
+    asked of the pristine weights, put back for that long; at version 0 there is nothing to compare,
+    and `unchanged` stays None.
     """
 
     def asked_now(chosen: Sequence[int]) -> dict[int, Score]:
@@ -34,7 +36,7 @@ def scores_of(
         return dict(zip(chosen, found, strict=True))
 
     scores = asked_now([i for i, probe in enumerate(asked) if probe.kind != "generation"])
-    beside = [i for i, probe in enumerate(asked) if probe.kind == "locality"]
+    beside = [i for i, probe in enumerate(asked) if probe.kind in compared]
     if beside and weights.version:
         with weights.unedited():
             before = asked_now(beside)

@@ -14,7 +14,8 @@ answers of several tokens they are higher.
 Unchanged: locality as EasyEdit computes it (Yao et al., arXiv 2305.13172; Zhang et al., arXiv
 2401.01286): on a question beside the edit, the edited model's argmax at every token of the answer,
 given those before it, is the unedited model's, whether right or wrong. EasyEdit averages over an
-answer's tokens; here all of them must be the same. Of locality probes of an edited model only.
+answer's tokens; here all of them must be the same. Of an edited model only, and of the kinds of
+probe that `evaluation.unchanged` names.
 
 Portability (arXiv 2305.13172): questions whose answer follows from the new fact, judged by Exact,
 and by success where the answer of before the edit is known; `aspect` says what kind of question
@@ -55,8 +56,8 @@ class Score:
         nll_true: the same of `target_true`.
         success: see `is_success`.
         exact: see `exact`.
-        predicted: ids that are the argmax at each token of the answer to a locality probe, given
-            those before it; None for other probes.
+        predicted: ids that are the argmax at each token of the answer to a locality or neighborhood
+            probe, given those before it; None for other probes.
         unchanged: whether they are those of the unedited model; None where not asked.
     """
 

@@ -177,7 +177,7 @@ def _judge(
 def _predicted(
     probe: Probe, pair: int | None, nll: NDArray[np.float64], said: list[Ints]
 ) -> tuple[int, ...] | None:
-    """What a locality probe is answered with; None where the model's logits are no numbers."""
-    if probe.kind != "locality" or pair is None or not np.isfinite(nll[pair]):
+    """What a question beside the edit is answered with; None where logits are no numbers."""
+    if probe.kind not in ("locality", "neighborhood") or pair is None or not np.isfinite(nll[pair]):
         return None
     return tuple(said[pair].tolist())

@@ -64,6 +64,12 @@ class Recorded(_Part):
     peak_worker_memory_bytes: tuple[Memory, ...] = ()
     bytes: dict[str, int] = {}
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether every round of the study began at the unedited model."""
+        rounds = self.spec.get("rounds")
+        return isinstance(rounds, dict) and rounds.get("rollback") is True
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -143,6 +149,7 @@ def find(run: Run) -> Findings:
     summary = run.summary if whole is None else _summary_so_far(run, recorded, whole)
     checked = check_recorded(summary, RecordedSummary, below(run.place, "summary.json"))
     norms = update_norms(run)
+    apart = recorded.rolls_back
     rounds = 1 + max((norm.round for norm in norms), default=0)
     last = max((entry["round"] for entry in summary["evaluation"]["rounds"]), default=-1)
     return Findings(
@@ -153,13 +160,13 @@ def find(run: Run) -> Findings:
         summary=summary,
         general=[entry.model_dump() for entry in checked.general],
         rounds=rounds,
-        forgetting=forgetting(_metrics(run, whole)) if rounds > 1 else None,
+        forgetting=forgetting(_metrics(run, whole)) if rounds > 1 and not apart else None,
         norms=norms,
         values=_values(run),
         neurons=_columns(run, "neurons", ["layer", "is_edited"]),
         training=_columns(run, "training", ["round", "epoch", "step", "edits", "loss"]),
         problems=_problems(run),
-        neighbours=worst_neighbours(run, last) if last >= 0 else None,
+        neighbours=worst_neighbours(run, last) if last >= 0 and not apart else None,
         estimate=read_estimate(run.path),
         round_seconds=read_seconds(run.path),
         harness=run.harness().to_pylist(),
@@ -182,7 +189,8 @@ def _metrics(run: Run, rounds: list[int] | None) -> pa.Table:
 def _summary_so_far(run: Run, recorded: Recorded, rounds: list[int]) -> dict[str, Any]:
     edits = read_columns(run, "edits", ["status", "reason"])
     general = read_columns(run, "general", GENERAL.names, pc.field("round").isin(rounds))
-    counted = summarise_job(edits, _metrics(run, rounds), general)
+    apart = recorded.rolls_back
+    counted = summarise_job(edits, _metrics(run, rounds), general, rolled_back=apart)
     return {"name": recorded.name, **counted, "seconds": recorded.seconds}
 
 

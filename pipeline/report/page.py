@@ -2,7 +2,7 @@
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,8 +49,8 @@ _Table = Callable[[Sequence[tuple[str, Findings]]], Table | None]
 
 
 @dataclass(frozen=True)
-class _Section:
-    """A part of the page; what is None in it was not measured and is left out."""
+class Section:
+    """A part of a page; what is None in it was not measured and is left out."""
 
     name: str
     title: str
@@ -84,10 +84,20 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     if output is None and len(runs) > 1:
         raise InputError("several runs: say where to write their report with --output DIR")
     place = located(runs[0] if output is None else output)
-    title, every = _content([read(run) for run in runs])
+    return write_page(*_content([read(run) for run in runs]), place)
+
+
+def write_page(title: str, every: Iterable[Section], place: str | Path) -> Path | str:
+    """Write report.html with these sections and their figures, and return its path or URL.
+
+    Raises:
+        InputError: the URL cannot be written.
+        OSError: the directory cannot be written.
+    """
     sections = [section for section in every if not section.is_empty]
     pictures = [picture for section in sections for picture in section.pictures if picture]
     page = _template().render(title=title, sections=sections)
+    place = located(place)
     with writing_into(place) as directory:
         for picture in pictures:
             write_atomically(directory / PICTURES / f"{picture.name}.svg", picture.svg)
@@ -96,7 +106,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     return place / PAGE if isinstance(place, Path) else below(place, PAGE)
 
 
-def _content(runs: Sequence[Run]) -> tuple[str, Iterator[_Section]]:
+def _content(runs: Sequence[Run]) -> tuple[str, Iterator[Section]]:
     """Title and sections: of editing runs side by side, or of one trace or training."""
     for run in runs:
         if _has_group(run, "assess"):
@@ -121,23 +131,23 @@ def _has_group(run: Run, group: str) -> bool:
     return isinstance(spec, dict) and spec.get(group) is not None
 
 
-def _trace_sections(run: Run) -> Iterator[_Section]:
+def _trace_sections(run: Run) -> Iterator[Section]:
     found = check_trace(run.summary)
-    yield _Section(
+    yield Section(
         "summary",
         "Causal tracing",
         [figures_trace.averages(found), figures_trace.by_layer(found)],
         [figures_trace.effects_table(found), figures_trace.requests_table(found)],
         [proposal_said(found.trace.proposal)],
     )
-    yield _Section("facts", "Single facts", figures_trace.facts(run))
+    yield Section("facts", "Single facts", figures_trace.facts(run))
     settings = figures_trace.settings_table(settings_of(run))
-    yield _Section("settings", "Settings", tables=[settings])
+    yield Section("settings", "Settings", tables=[settings])
 
 
-def _training_sections(run: Run) -> Iterator[_Section]:
+def _training_sections(run: Run) -> Iterator[Section]:
     found = check_training(run.summary)
-    yield _Section(
+    yield Section(
         "summary",
         "Training of an editor",
         [figures_learning.curves(run)],
@@ -145,19 +155,19 @@ def _training_sections(run: Run) -> Iterator[_Section]:
         [validation_said(found.training)],
     )
     settings = figures_learning.settings_table(settings_of(run))
-    yield _Section("settings", "Settings", tables=[settings])
+    yield Section("settings", "Settings", tables=[settings])
 
 
 # Jobs that edit nothing: the group of settings that makes them, and their page.
-_ALONE: dict[str, tuple[str, Callable[[Run], Iterator[_Section]]]] = {
+_ALONE: dict[str, tuple[str, Callable[[Run], Iterator[Section]]]] = {
     "trace": ("a causal trace", _trace_sections),
     "train": ("the training of an editor", _training_sections),
 }
 
 
-def _sections(labelled: list[tuple[str, Findings]]) -> Iterator[_Section]:
+def _sections(labelled: list[tuple[str, Findings]]) -> Iterator[Section]:
     found = arms(labelled)
-    yield _Section(
+    yield Section(
         "end",
         "Not finished",
         tables=[tables_compared.phases(labelled)],
@@ -171,15 +181,15 @@ def _sections(labelled: list[tuple[str, Findings]]) -> Iterator[_Section]:
     for name, title, figures, made in _SECTIONS:
         pictures = [figure(found) for figure in figures]
         shown = [table(labelled) for table in made]
-        yield _Section(name, title, pictures, [compared, *shown] if name == "summary" else shown)
+        yield Section(name, title, pictures, [compared, *shown] if name == "summary" else shown)
     for name, title, table, said in _OF_EACH_RUN:
-        yield _Section(
+        yield Section(
             name,
             title,
             tables=[table(label, findings) for label, findings in labelled],
             texts=[said(label, findings) for label, findings in labelled],
         )
-    yield _Section(
+    yield Section(
         "settings", "Settings", tables=[tables.origins(labelled), tables.settings(labelled)]
     )
 

@@ -177,6 +177,30 @@ In the training of an editor a row is a step (`split` train) or a measurement af
 whose answer the edited model gives. `step` counts from 0, `epoch` how often the requests were gone
 through. Null elsewhere, and where an editor does not define it."""
 
+SURVEY = pa.schema(
+    [
+        _required("model", pa.string()),
+        _required("dataset", pa.string()),
+        _required("editor", pa.string()),
+        _required("setting", pa.string()),
+        _required("edits", pa.int32()),
+        _required("status", pa.string()),
+        pa.field("measure", pa.string()),
+        pa.field("value", pa.float64()),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("count", pa.int32()),
+        pa.field("reason", pa.string()),
+        pa.field("run", pa.string()),
+    ],
+    metadata=_FOOTER,
+)
+"""`survey.parquet` of `editfleet survey`: a row a cell and measure (`pipeline.evaluation.survey`).
+`setting` is single, batch or sequence, `edits` how many edits had been made. `status` is done,
+impossible (the editor cannot do that, for `reason`) or failed. The mean is over `count` edits, with
+its 95 % interval; where there is none, `reason` says why. `run` is the cell's directory below the
+survey's."""
+
 ATTRIBUTIONS = pa.schema(
     [
         _required("round", pa.int32()),
@@ -281,6 +305,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "general": GENERAL,
     "trace": TRACE,
     "training": TRAINING,
+    "survey": SURVEY,
     "attributions": ATTRIBUTIONS,
     "neurons": NEURONS,
     "patches": PATCHES,
@@ -292,6 +317,8 @@ _ALLOWED_VALUES = {
     ("edits", "status"): STATUSES,
     ("metrics", "probe"): PROBES,
     ("general", "measure"): MEASURES,
+    ("survey", "setting"): ("single", "batch", "sequence"),
+    ("survey", "status"): ("done", "impossible", "failed"),
     ("trace", "kind"): KINDS,
     ("training", "split"): SPLITS,
     ("trace", "token_class"): TOKEN_CLASSES,

@@ -1,7 +1,11 @@
-"""The run directory: parts written whole, fsynced, renamed, then listed. One process writes."""
+"""The run directory: parts written whole, fsynced, renamed, then listed. One process writes.
+
+Threads of it may write at the same time, as long as no two write parts of one kind and round.
+"""
 
 import copy
 import hashlib
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +59,7 @@ class RunStore:
         self.path, self.place = path, place or str(path)
         self.on_change: Callable[[], None] = _nothing
         self._manifest = manifest
+        self._listing = threading.RLock()
         self._parts: dict[str, Part] = {}
         # A round asks for its own parts: what it costs must not grow with the rounds before it.
         self._by_round: dict[tuple[Kind, int], dict[str, Part]] = defaultdict(dict)
@@ -202,8 +207,9 @@ class RunStore:
             # Else a crash right after the rename would leave the new file under the old hash.
             self.withdraw(listed)
         write_atomically(self.path_of(part), data)
-        append_line(self.path / LISTING, part)
-        self._remember(part)
+        with self._listing:
+            append_line(self.path / LISTING, part)
+            self._remember(part)
         self.on_change()
         return part.name
 
@@ -213,9 +219,11 @@ class RunStore:
 
     def withdraw(self, part: Part) -> None:
         """Unlist a part, to be written again; its file stays until then and counts for nothing."""
-        append_line(self.path / LISTING, part.model_copy(update={"withdrawn": True, "failed": {}}))
-        del self._parts[part.name]
-        del self._by_round[part.kind, part.round][part.name]
+        gone = part.model_copy(update={"withdrawn": True, "failed": {}})
+        with self._listing:
+            append_line(self.path / LISTING, gone)
+            del self._parts[part.name]
+            del self._by_round[part.kind, part.round][part.name]
 
     def parts(
         self,

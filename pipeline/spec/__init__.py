@@ -16,6 +16,7 @@ from pipeline.spec.job import JobSpec
 from pipeline.spec.loading import load_spec, parse_spec
 from pipeline.spec.method import MethodSpec, ValueSpec
 from pipeline.spec.rounds import RoundsSpec
+from pipeline.spec.survey import SurveySpec
 from pipeline.spec.trace import TraceSpec
 from pipeline.spec.train import TrainSpec
 
@@ -33,6 +34,7 @@ __all__ = [
     "Probe",
     "RequestsSpec",
     "RoundsSpec",
+    "SurveySpec",
     "TraceSpec",
     "TrainSpec",
     "ValueSpec",

@@ -142,6 +142,8 @@ class EvaluationSpec(Part):
     probes: tuple[Probe, ...] = ("rewrite", "paraphrase", "neighborhood")
     """Kinds of probe; an empty list skips the evaluation. `generation` continues the generation
     prompts of the requests, to measure fluency."""
+    unchanged: tuple[Literal["locality", "neighborhood"], ...] = ("locality",)
+    """Of which probes the unedited model's answer is asked too, to say whether it has changed."""
     generate: bool = False
     """Also generate greedily from every rewrite and paraphrase probe, without the target in it."""
     generate_tokens: Positive = 12

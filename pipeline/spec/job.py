@@ -22,6 +22,7 @@ from pipeline.spec.groups import (
 from pipeline.spec.method import MethodSpec
 from pipeline.spec.part import Part
 from pipeline.spec.rounds import RoundsSpec
+from pipeline.spec.survey import SurveySpec
 from pipeline.spec.trace import TraceSpec
 from pipeline.spec.train import TrainSpec
 
@@ -48,6 +49,8 @@ class JobSpec(Part):
     the spec describes."""
     trace: TraceSpec | None = None
     """Causal tracing (`editfleet trace`), which edits nothing; null in every other job."""
+    survey: SurveySpec | None = None
+    """Models, editors and data sets to compare (`editfleet survey`); null in every other job."""
     train: TrainSpec | None = None
     """Training of an editor (`editfleet train`), which edits nothing; null in every other job."""
     assess: AssessSpec | None = None
@@ -84,6 +87,11 @@ class JobSpec(Part):
             return Path(self.place)
         return copy_directory(self.url, "driver", self.output.staging)
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether every round begins at the unedited model."""
+        return self.rounds is not None and self.rounds.rollback
+
     def at(self, place: Path | str) -> "JobSpec":
         """The same job with its run in another place."""
         output = self.output.model_copy(update={"path": str(place)})
@@ -116,6 +124,7 @@ _FREE = frozenset(
     {
         "name",
         "compare",
+        "survey",
         "covariance.path",
         "cluster.engine",
         "cluster.address",

@@ -18,6 +18,9 @@ class RoundsSpec(Part):
     """Edits a round; the last one may have fewer."""
     count: Positive | None = None
     """Rounds at most; requests beyond them are left untouched. Null goes on until none is left."""
+    rollback: bool = False
+    """Put the unedited weights back after every round, to the bit, so that each is edited alone.
+    Rounds are then made in any order, as many at once as there are workers."""
     order: Order = "file"
     """Which requests come first: as in the file, `shuffled` by `seed`, or those of one `relation`
     or `subject` after those of another, in the order in which these first appear."""
@@ -27,7 +30,8 @@ class RoundsSpec(Part):
     """Evaluate after these rounds instead, counted from 0 as in the column `round`."""
     evaluate: Annotated[tuple[Scored, ...], Field(min_length=1)] = ("current", "all_past")
     """What is scored then: the edits of the `current` round, those of `all_past` ones, and facts
-    that are `untouched` in the whole study."""
+    that are `untouched` in the whole study. With `rollback` past edits are gone, so leave
+    `all_past` out."""
     past_sample: Positive | None = None
     """Score this many edits of past rounds and no others: a fixed sample of all rounds, drawn by
     `seed` as evenly as their number allows. Null scores all of them."""
@@ -43,4 +47,9 @@ class RoundsSpec(Part):
             raise ValueError(f"evaluate names something twice: {list(self.evaluate)}")
         if self.past_sample is not None and "all_past" not in self.evaluate:
             raise ValueError("past_sample needs all_past among evaluate")
+        if self.rollback and "all_past" in self.evaluate:
+            raise ValueError(
+                "rollback takes every round's edits back, so there are no past ones to evaluate;"
+                " write evaluate: [current]"
+            )
         return self

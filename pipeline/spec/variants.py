@@ -21,10 +21,9 @@ def variants(spec: JobSpec) -> list[JobSpec]:
     """
     compare = spec.compare
     assert compare is not None, "the spec compares nothing"
-    base = spec.model_dump(mode="json", exclude_unset=True)
     found, labels = [], []
     for place, changes in enumerate(compare.methods):
-        one = _merged(base, changes, f"compare.methods[{place}]")
+        one = merged(spec, changes, f"compare.methods[{place}]")
         labels.append(one.name)
         seeds = compare.seeds or (spec.seed,)
         suffixes = [f"-seed{seed}" for seed in seeds] if compare.seeds else [""]
@@ -41,24 +40,35 @@ def variants(spec: JobSpec) -> list[JobSpec]:
     return found
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any], where: str) -> JobSpec:
-    """The spec with some settings of its method changed, named by its label."""
+def merged(spec: JobSpec, changes: dict[str, Any], where: str) -> JobSpec:
+    """The spec with some settings of its method changed, named by its label.
+
+    Args:
+        spec: the spec, of which this makes one of several.
+        changes: settings of `method`, and perhaps a label; else that is the method's name with its
+            wrappers.
+        where: what errors call the changes.
+
+    Raises:
+        InputError: a setting is wrong.
+    """
+    base = spec.model_dump(mode="json", exclude_unset=True)
     changes = dict(changes)
     label = changes.pop(_LABEL, None)
-    method = _updated(base.get("method", {}), changes)
-    content = {**base, "method": method, "compare": None}
-    spec = parse_spec(content, where)
+    method = updated(base.get("method", {}), changes)
+    content = {**base, "method": method, "compare": None, "survey": None}
+    changed = parse_spec(content, where)
     if label is None:
-        label = "-".join((spec.method.name, *spec.method.wrappers))
+        label = "-".join((changed.method.name, *changed.method.wrappers))
     return parse_spec({**content, "name": label}, f"{where}.{_LABEL}")
 
 
-def _updated(below: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def updated(below: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Settings with others put over them, group by group."""
     result = dict(below)
     for name, value in changes.items():
         group = result.get(name)
         if isinstance(group, dict) and isinstance(value, dict):
-            value = _updated(group, value)
+            value = updated(group, value)
         result[name] = value
     return result

@@ -142,8 +142,8 @@ def test_what_a_search_does_not_follow_from_is_shared() -> None:
 
 def test_studies_on_one_replica_do_not_see_each_other(tiny: TinyJobs, tmp_path: Path) -> None:
     specs = [make_plan(_spec(tiny, tmp_path / "run", f"seed={n}")).spec for n in range(2)]
-    host = WorkerHost(specs, 1)
-    weight = host.workers[0].model.oriented_weight(0)
+    host = WorkerHost(specs, 1, at_once=2)
+    weight = host.worker(0).model.oriented_weight(0)
     pristine = weight.clone()
     updates = [Update.of(torch.full(tuple(weight.shape), size)) for size in (0.25, -0.5)]
     for study, update in enumerate(updates):
@@ -153,7 +153,7 @@ def test_studies_on_one_replica_do_not_see_each_other(tiny: TinyJobs, tmp_path: 
     assert torch.equal(weight, pristine + 2 * updates[0].matrix())
     host.call(1, "peak_memory")
     assert torch.equal(weight, pristine + updates[1].matrix())
-    assert [worker.weights.version for worker in host.workers] == [2, 1]
+    assert [host.worker(study).weights.version for study in range(2)] == [2, 1]
 
 
 # --- what goes wrong ----------------------------------------------------------------------------

@@ -22,7 +22,12 @@ ARGUMENTS = {
         "requests.path=COUNTERFACT.json",
         "covariance.corpus=CORPUS.json",
     ]
-    for name in ("counterfact_12m", "sequential_counterfact_12m", "compare_counterfact_12m")
+    for name in (
+        "counterfact_12m",
+        "sequential_counterfact_12m",
+        "compare_counterfact_12m",
+        "survey_counterfact_12m",
+    )
 } | {"trace_counterfact_12m": ["model.path=MODEL", "requests.path=COUNTERFACT.json"]}
 
 

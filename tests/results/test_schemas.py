@@ -32,6 +32,8 @@ def test_columns_are_the_public_contract() -> None:
         "trace": "round case_id kind token token_text token_class layer window samples answer "
         "clean corrupted restored effect",
         "training": "round epoch step edits loss seconds split edit_loss locality_loss success",
+        "survey": "model dataset editor setting edits status measure value low high count reason"
+        " run",
         "attributions": "round case_id layer neuron attribution agreeing prompts answer answer_ids",
         "neurons": "round case_id layer neuron attribution shared_by is_edited",
         "patches": "round case_id layer patches steps edit_loss activation_loss memory_loss "
