@@ -208,7 +208,7 @@ def test_twenty_facts_of_the_invented_world_are_learnt(tmp_path: Path) -> None:
     content = {
         "model": {"path": str(tmp_path / "model")},
         "requests": {"path": str(tmp_path / "requests.json")},
-        "method": {"name": "ft", "layers": [0, 1], "ft": {"learning_rate": 1e-2, "epochs": 200}},
+        "method": {"name": "ft", "layers": [0, 1], "ft": {"learning_rate": 5e-3, "epochs": 120}},
         "evaluation": {"generate": True},
         "cluster": {"engine": "in_process"},
         "output": {"path": str(tmp_path / "run")},
