@@ -15,7 +15,7 @@ from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamaged
 from pipeline.report.page import write_report
 from pipeline.report.status import run_status
 from pipeline.results import Run, read
-from pipeline.spec import JobSpec
+from pipeline.spec import JobSpec, parse_spec
 from tests.tiny_jobs import TinyJobs, digests, records
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -300,3 +300,48 @@ def test_a_training_has_a_report_and_commands(trained: dict[str, Run], tmp_path:
     for name, run in trained.items():
         page = write_report([run.path], tmp_path / name)
         assert "Training of an editor" in page.read_text()  # type: ignore[union-attr]
+
+
+WORLD: dict[str, dict[str, dict[str, Any]]] = {
+    "mend": {
+        "method": {"rank": 32, "edit_rate": 1e-3, "edit_rate_learning_rate": 1e-4},
+        "train": {"batch_size": 20, "accumulate": 1, "learning_rate": 2e-5},
+    },
+    "malmen": {
+        "method": {"rank": 32, "edit_rate": 1e-3},
+        "train": {"batch_size": 20, "learning_rate": 3e-5},
+    },
+    "ke": {
+        "method": {"condition_size": 64, "hidden_size": 64, "lstm_size": 64, "max_scale": 300.0},
+        "train": {"accumulate": 10, "learning_rate": 1e-3, "warm_up": 10},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", WORLD)
+def test_editors_of_the_embedded_world_learn_and_edit_facts_they_have_not_seen(
+    tmp_path: Path, name: str
+) -> None:
+    """Trained on 360 facts, measured on 40, then 20 others are edited (with ke, one)."""
+    cluster = {"engine": "in_process"}
+    content: dict[str, Any] = {
+        "requests": {"limit": 400},
+        "method": {"name": name, name: WORLD[name]["method"]},
+        "train": {"steps": 60, "validate_every": 20, **WORLD[name]["train"]},
+        "cluster": cluster,
+        "output": {"path": str(tmp_path / "train")},
+    }
+    run = read(run_training(parse_spec(content, "the test")).path)
+    losses = [row["loss"] for row in run.training().to_pylist() if row["split"] == "validation"]
+    assert len(losses) == 3 and min(losses[1:]) < losses[0]
+    print(run.summary["training"]["validation"])
+    content = {
+        "requests": {"offset": 400, "limit": 1 if name == "ke" else 20},
+        "method": {"name": name, name: {"editor": str(run.path / "editor")}},
+        "cluster": cluster,
+        "output": {"path": str(tmp_path / "edit"), "on_divergence": "keep"},
+    }
+    _, scores = run_batch_edit(parse_spec(content, "the test")).summary["evaluation"]["rounds"]
+    print({score: scores[score]["score"] for score in ("ES", "PS", "NS")})
