@@ -63,8 +63,9 @@ def cost_rows(
     """
     wall = sum(value for name, value in seconds.items() if name not in _NOT_EDITING)
     used = [worker.get("editing") for worker in manifest.get("peak_worker_memory_bytes", [])]
-    workers = [entry for entry in used if entry is not None]
-    reducers = manifest.get("reducers_used", [])
+    # One that was never called knows of no peak: a reducer whose study has lanes, say.
+    workers = [entry for entry in used if entry is not None and entry["seconds"] > 0]
+    reducers = [entry for entry in manifest.get("reducers_used", []) if entry["seconds"] > 0]
     busy = sum(entry["seconds"] for entry in [*workers, *reducers])
     kinds = ("resident", "device")
     peaks = [_peak(workers, kind) + _peak(reducers, kind) for kind in kinds]

@@ -17,6 +17,8 @@ _COSTS = {
     "memory": "MB beyond the model",
 }
 
+_SHORT_COSTS = ("s an edit", "wall", "MB")
+
 
 def survey_tables(groups: Sequence[Group]) -> RenderableType:
     """A survey for a terminal or a log: its tables without intervals, and what is missing."""
@@ -45,7 +47,7 @@ def scores(group: Group, setting: str, *, is_short: bool = False) -> Table:
             costs = [_cost(point, name) for name in _COSTS]
             rows.append((editor, *size, _edits(point), *shares, *costs))
     head = ("editor", *(("edits",) if is_sized else ()), "scored", *names.values())
-    head = (*head, *_COSTS.values())
+    head = (*head, *(_SHORT_COSTS if is_short else _COSTS.values()))
     what = "per cent" if is_short else "per cent with 95 % intervals over edits"
     caption = f"{group.title}. {SETTINGS[setting]}: {what}"
     return Table(caption, head, rows, frozenset(range(1, len(head))))

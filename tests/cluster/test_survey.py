@@ -16,7 +16,7 @@ from pipeline.cluster.survey import SurveyResult
 from pipeline.cluster.worker import EditWorker
 from pipeline.errors import DivergedError, InputError
 from pipeline.evaluation.intervals import interval
-from pipeline.evaluation.survey import SHARES
+from pipeline.evaluation.survey import SHARES, cost_rows
 from pipeline.results import read
 from pipeline.results.schemas import SURVEY
 from pipeline.spec import JobSpec, parse_spec
@@ -160,6 +160,19 @@ def test_what_an_edit_takes_is_counted(survey: tuple[JobSpec, SurveyResult]) -> 
         # One worker, whose reducer works in its turn: the wall holds all of it.
         assert 0 < seconds <= wall
         assert _value(result.table, **cell, measure="memory") >= 0
+
+
+def test_a_reducer_that_was_never_called_hides_no_peak() -> None:
+    """Where rounds are rolled back, the lanes' reducers work and the study's own does not."""
+    idle = {"seconds": 0.0, "resident": None, "device": 0}
+    busy = {"seconds": 3.0, "resident": 40, "device": 2}
+    manifest = {
+        "peak_worker_memory_bytes": [{"editing": {**busy, "resident": 100}}, {"editing": busy}],
+        "reducers_used": [busy, idle],
+    }
+    rows = {row["measure"]: row for row in cost_rows(manifest, {"values": 4.0, "start": 9.0}, 2)}
+    found = {name: row["value"] for name, row in rows.items()}
+    assert found == {"seconds": 4.5, "wall_seconds": 2.0, "memory": 100 + 40 + 2 + 2}
 
 
 def test_a_cell_is_the_study_that_it_is_alone(
