@@ -146,16 +146,17 @@ class AdapterRows:
         for pack in self._packs():
             targets, edits = pack.targets, pack.edits[pack.targets.rows]
             states = self._states(pack, beside)
-            logits = self.model.logits(states)[targets.slots]
-            weight = targets.weight.to(logits.dtype)
-            for total, smoothing in ((smoothed, label_smoothing), (plain, 0.0)):
-                loss = cross_entropy(
-                    logits, targets.labels, label_smoothing=smoothing, reduction="none"
-                )
-                total.index_add_(0, edits, (loss * weight).to(wide))
-            is_wrong = logits.argmax(1) != targets.labels
+            likely = self.model.logits(states)[targets.slots].log_softmax(-1)
+            weight = targets.weight.to(wide)
+            loss = -likely.gather(1, targets.labels[:, None])[:, 0].to(wide)
+            plain.index_add_(0, edits, loss.detach() * weight)
+            if label_smoothing:
+                of_all = -likely.mean(1).to(wide)
+                loss = (1 - label_smoothing) * loss + label_smoothing * of_all
+            smoothed.index_add_(0, edits, loss * weight)
+            is_wrong = likely.argmax(1) != targets.labels
             predicted[edits[is_wrong].cpu()] = False
-        return TargetLosses(smoothed, plain.detach(), predicted)
+        return TargetLosses(smoothed, plain, predicted)
 
     @torch.no_grad()
     def wrong_tokens(self, most: int) -> list[WrongTokens]:

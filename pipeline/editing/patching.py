@@ -177,7 +177,8 @@ def train_patches(
     done = {edit: _unpatched(model, found) for edit, found in enumerate(wrong)}
     active = patches
     while active:
-        for _ in range(settings.check_every):
+        # All of them have taken as many steps.
+        for _ in range(min(settings.check_every, settings.steps - active[0].steps)):
             _step(rows, active, near.trained, settings)
         left = []
         for one, ended in zip(active, _checked(rows, active, near.watched, settings), strict=True):
