@@ -26,9 +26,7 @@ class SeracEditor:
 
     def new_memory(self, index: Index | None = None, exact_below: int = 0) -> EditMemory:
         """An empty memory for this classifier's embeddings."""
-        return EditMemory(
-            self.encoder.size, scale=self.scale, index=index, exact_below=exact_below
-        )
+        return EditMemory(self.encoder.size, scale=self.scale, index=index, exact_below=exact_below)
 
     def embed_edits(self, entries: Sequence[MemoryEntry], max_tokens: int) -> torch.Tensor:
         """Embeddings of edits, (M, E) float32."""

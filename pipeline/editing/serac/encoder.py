@@ -110,7 +110,8 @@ class TextEncoder(nn.Module):
             return [[*row, *answer] for row, answer in zip(rows, answers, strict=True)]
         separator = self.tokenizer.sep_token or ""
         texts = [
-            f"{prompt} {separator} {target}" for prompt, target in zip(prompts, targets, strict=True)
+            f"{prompt} {separator} {target}"
+            for prompt, target in zip(prompts, targets, strict=True)
         ]
         return token_ids(self.tokenizer, texts)
 

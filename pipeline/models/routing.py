@@ -1,0 +1,140 @@
+"""Prompts that another model answers: which ones, behind what, and how much it counts.
+
+An editor with an edit memory leaves the edited model as it is and sends some prompts to a second
+model (SERAC, arXiv 2206.06520). Whoever asks an `EditableModel` something that depends on the
+prompt's text looks at its `router` first.
+
+Shapes: N prompts, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+if TYPE_CHECKING:
+    from pipeline.models.editable import EditableModel
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where the answers to N prompts come from.
+
+    Attributes:
+        model: the second model, of the same vocabulary.
+        shares: (N,) float32 on the CPU: how much of an answer's probability is the second model's;
+            0 leaves the first one's answer alone, 1 has nothing of it.
+        prefixes: for each prompt the ids that the second model reads before it.
+        begin: id of a token that begins a text, which a prompt behind a prefix loses; None if there
+            is none.
+    """
+
+    model: "EditableModel"
+    shares: Tensor
+    prefixes: list[list[int]]
+    begin: int | None = None
+
+    @property
+    def taken(self) -> list[int]:
+        """The prompts, by number, in whose answer the second model has a share."""
+        return self.shares.nonzero().flatten().tolist()
+
+    def row(self, number: int, ids: Sequence[int]) -> list[int]:
+        """What the second model reads of a prompt that is given as ids."""
+        prefix = self.prefixes[number]
+        begins = bool(prefix) and bool(ids) and ids[0] == self.begin == prefix[0]
+        return [*prefix, *(ids[1:] if begins else ids)]
+
+
+class Router(Protocol):
+    """Sends prompts to another model."""
+
+    def routes(self, prompts: Sequence[str]) -> Routes:
+        """Decide for every prompt."""
+        ...
+
+
+def mixed(first_NV: Tensor, second_NV: Tensor, shares_N: Tensor) -> Tensor:
+    """Logits of the joint answer: log((1 - share) p_first + share p_second), (N, V).
+
+    Where a share is 1 these are the second model's logits, untouched.
+    """
+    weight = shares_N.to(first_NV)[:, None]
+    both = torch.logaddexp(
+        torch.log1p(-weight) + first_NV.log_softmax(-1), weight.log() + second_NV.log_softmax(-1)
+    )
+    return torch.where(weight == 1, second_NV.to(both.dtype), both)
+
+
+class RoutedLogits(LogitsProcessor):
+    """Lets the second model have its share of every generated token.
+
+    The first model generates as it always does; rows without a share keep its scores, to the bit.
+
+    Args:
+        routes: of N prompts, which are the rows of the batch that is generated from. Where a row
+            is multiplied for beams or samples, its copies stand side by side, as transformers puts
+            them.
+        rows: the prompts' ids, without padding.
+        width: columns of the batch, padding included.
+    """
+
+    def __init__(self, routes: Routes, rows: Sequence[Sequence[int]], width: int) -> None:
+        self._routes, self._width = routes, width
+        self._rows = {number: routes.row(number, rows[number]) for number in routes.taken}
+        self._num_prompts = len(rows)
+        self._cache: Any = None
+        self._seen: Tensor | None = None
+        self._real: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores of the next token, (rows, V); arguments as transformers gives them."""
+        if not self._rows:
+            return scores
+        copies = len(input_ids) // self._num_prompts
+        numbers = [number for number in self._rows for _ in range(copies)]
+        lines = [number * copies + copy for number in self._rows for copy in range(copies)]
+        index = torch.tensor(lines, device=scores.device)
+        second = self._next(numbers, input_ids[index, self._width :])
+        shares = self._routes.shares[numbers].to(scores.device)
+        joint = mixed(scores[index], second.to(scores.device), shares)
+        return scores.index_copy(0, index, joint.to(scores.dtype))
+
+    def _next(self, numbers: Sequence[int], new: Tensor) -> Tensor:
+        """The second model's logits behind its prompts and the tokens generated so far."""
+        goes_on = self._seen is not None and torch.equal(new[:, :-1], self._seen)
+        self._seen = new
+        if not goes_on:
+            return self._run(*self._padded(numbers, new))
+        assert self._real is not None
+        one = torch.ones_like(new[:, -1:])
+        self._real = torch.cat([self._real, one.to(self._real.device)], dim=1)
+        return self._run(new[:, -1:].to(self._real.device), self._real)
+
+    def _padded(self, numbers: Sequence[int], new: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole rows, padded on the left, and where they are real."""
+        self._cache = None
+        rows = [[*self._rows[n], *ids] for n, ids in zip(numbers, new.tolist(), strict=True)]
+        longest = max(len(row) for row in rows)
+        device = self._routes.model.device
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+        real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        self._real = real.to(device)
+        return ids, self._real
+
+    @torch.inference_mode()
+    def _run(self, ids: Tensor, real: Tensor) -> Tensor:
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self._routes.model.model(
+            input_ids=ids,
+            attention_mask=real,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
