@@ -9,11 +9,13 @@ Shapes: N prompts, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+
+from pipeline.models.caches import GrowingCache
 
 if TYPE_CHECKING:
     from pipeline.models.editable import EditableModel
@@ -86,7 +88,7 @@ class RoutedLogits(LogitsProcessor):
         self._routes, self._width = routes, width
         self._rows = {number: routes.row(number, rows[number]) for number in routes.taken}
         self._num_prompts = len(rows)
-        self._cache: Any = None
+        self._cache = GrowingCache()
         self._seen: Tensor | None = None
         self._real: Tensor | None = None
 
@@ -108,33 +110,42 @@ class RoutedLogits(LogitsProcessor):
         goes_on = self._seen is not None and torch.equal(new[:, :-1], self._seen)
         self._seen = new
         if not goes_on:
-            return self._run(*self._padded(numbers, new))
+            # The first token, or beams that have changed places.
+            self._cache = GrowingCache()
+            ids, self._real = self._padded(numbers, new)
+            return self._run(ids, self._real)
         assert self._real is not None
-        one = torch.ones_like(new[:, -1:])
-        self._real = torch.cat([self._real, one.to(self._real.device)], dim=1)
-        return self._run(new[:, -1:].to(self._real.device), self._real)
+        last = new[:, -1:].to(self._real.device)
+        self._real = torch.cat([self._real, torch.ones_like(last, dtype=torch.bool)], dim=1)
+        return self._run(last, self._real)
 
     def _padded(self, numbers: Sequence[int], new: Tensor) -> tuple[Tensor, Tensor]:
         """Whole rows, padded on the left, and where they are real."""
-        self._cache = None
         rows = [[*self._rows[n], *ids] for n, ids in zip(numbers, new.tolist(), strict=True)]
         longest = max(len(row) for row in rows)
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        real = torch.arange(longest) >= longest - lengths[:, None]
         device = self._routes.model.device
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-        real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        self._real = real.to(device)
-        return ids, self._real
+        return ids.to(device), real.to(device)
 
     @torch.inference_mode()
     def _run(self, ids: Tensor, real: Tensor) -> Tensor:
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self._routes.model.model(
+        """Logits behind the last token, (rows, V).
+
+        Args:
+            ids: (rows, tokens) of those tokens that are not in the cache.
+            real: (rows, all tokens) bool, False at padding.
+        """
+        model, start = self._routes.model, real.shape[1] - ids.shape[1]
+        positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+        segments = torch.where(real, 0, -1)[..., None].expand(*real.shape, 2)
+        states = model.final(
+            None,
+            first=0,
+            masks=model.masks(positions, segments, start),
+            position_ids=positions[:, start:],
             input_ids=ids,
-            attention_mask=real,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
+            cache=self._cache,
         )
-        self._cache = output.past_key_values
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        return model.logits(states[:, -1])
