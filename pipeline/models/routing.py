@@ -102,7 +102,8 @@ class RoutedLogits(LogitsProcessor):
         index = torch.tensor(lines, device=scores.device)
         second = self._next(numbers, input_ids[index, self._width :])
         shares = self._routes.shares[numbers].to(scores.device)
-        joint = mixed(scores[index], second.to(scores.device), shares)
+        # Beams add up logarithms of probabilities; a sampled token does not mind the difference.
+        joint = mixed(scores[index], second.to(scores.device), shares).log_softmax(-1)
         return scores.index_copy(0, index, joint.to(scores.dtype))
 
     def _next(self, numbers: Sequence[int], new: Tensor) -> Tensor:
