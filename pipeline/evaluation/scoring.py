@@ -226,7 +226,9 @@ def _states_in_order(model: EditableModel, layout: Layout, max_tokens: int) -> T
         chosen, hidden, slots = _states(model, layout, batch)
         order.append(chosen)
         found.append(hidden[torch.from_numpy(slots).to(hidden.device)])
-    return torch.cat(found)[torch.from_numpy(np.argsort(np.concatenate(order))).to(model.output_device)]
+    return torch.cat(found)[
+        torch.from_numpy(np.argsort(np.concatenate(order))).to(model.output_device)
+    ]
 
 
 def _behind(encoded: EncodedProbes, routes: Routes, numbers: Sequence[int]) -> EncodedProbes:

@@ -171,6 +171,9 @@ def _with_editor(method: MethodSpec) -> MethodSpec:
 
 def _last_blocks(method: MethodSpec, published: dict[str, Any], config: Any) -> dict[str, Any]:
     """For a method that was published on the last blocks of every model, these."""
+    if method.is_memory:
+        # A memory lies beside the whole model; its change needs the name of one block.
+        return {**published, "layers": [0]}
     count = _LAST_BLOCKS.get(method.name)
     if count is None:
         return published

@@ -125,6 +125,11 @@ def count_work(
         return _attribution_work(plan, model, size, tokenizer, edits)
     if plan.spec.method.is_piecewise:
         return _adapter_work(plan, model, size, tokenizer, edits)
+    if plan.spec.method.is_memory:
+        raise InputError(
+            f"method.name: the time that {plan.spec.method.name} takes cannot be estimated; its"
+            " rounds are one pass of a small model over the edits"
+        )
     if not plan.spec.method.is_closed_form:
         return _gradient_work(plan, model, size, tokenizer, edits)
     taken, stages = [steps] * len(edits), plan.stages

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from pipeline.editing.serac.counterfactual import Counterfactual
 from pipeline.editing.serac.encoder import TextEncoder
@@ -24,11 +25,16 @@ class SeracEditor:
     counterfactual: Counterfactual
     scale: float = 1.0
 
+    @property
+    def module(self) -> nn.Module:
+        """Both models' parameters as one module, which is trained and saved."""
+        return _Both(self.encoder, self.counterfactual.model.model)
+
     def new_memory(self, index: Index | None = None, exact_below: int = 0) -> EditMemory:
         """An empty memory for this classifier's embeddings."""
         return EditMemory(self.encoder.size, scale=self.scale, index=index, exact_below=exact_below)
 
-    def embed_edits(self, entries: Sequence[MemoryEntry], max_tokens: int) -> torch.Tensor:
+    def embed_edits(self, entries: Sequence[MemoryEntry], max_tokens: int) -> Tensor:
         """Embeddings of edits, (M, E) float32."""
         rows = self.encoder.edit_ids([e.prompt for e in entries], [e.target for e in entries])
         return self.encoder.embed(rows, max_tokens)
@@ -38,3 +44,16 @@ class SeracEditor:
         if not len(memory):
             return memory.recall(torch.zeros(len(queries), self.encoder.size))
         return memory.recall(self.encoder.embed(self.encoder.query_ids(queries), max_tokens))
+
+
+class _Both(nn.Module):
+    """Published, both are trained without dropout: they are never in training mode."""
+
+    def __init__(self, classifier: nn.Module, counterfactual: nn.Module) -> None:
+        super().__init__()
+        self.classifier, self.counterfactual = classifier, counterfactual
+        self.requires_grad_(True).eval()
+
+    def train(self, mode: bool = True) -> "_Both":
+        super().train(False)
+        return self

@@ -84,12 +84,6 @@ class TextEncoder(nn.Module):
     def device(self) -> torch.device:
         return self.trunk.device
 
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that training changes: all but the token embeddings, in a fixed order."""
-        ends = (self.trunk.get_input_embeddings(), self.trunk.get_output_embeddings())
-        fixed = {id(p) for module in ends if module is not None for p in module.parameters()}
-        return [p for p in self.parameters() if id(p) not in fixed]
-
     def query_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of queries.
 

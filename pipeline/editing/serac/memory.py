@@ -126,6 +126,13 @@ class EditMemory:
         self._entries.extend(entries)
         self._places.update((key, start + number) for number, key in enumerate(keys))
 
+    def hold(self, entries: Sequence[MemoryEntry], embeddings_ME: Tensor) -> None:
+        """Hold these edits and no others; those that are there already are not touched."""
+        wanted = {entry.key for entry in entries}
+        self.remove([entry.key for entry in self if entry.key not in wanted])
+        new = [place for place, entry in enumerate(entries) if entry.key not in self]
+        self.add([entries[place] for place in new], embeddings_ME[new])
+
     def remove(self, keys: Iterable[str]) -> None:
         """Forget edits; queries are answered as if they had never been there.
 
