@@ -214,6 +214,8 @@ def _check_layers(method: MethodSpec, num_blocks: int) -> None:
     assert method.layers is not None
     if method.name == "rome" and len(method.layers) > 1:
         raise InputError(f"method.layers: rome edits one layer, not {list(method.layers)}")
+    if method.is_memory and method.layers != (0,):
+        raise InputError(f"method.layers: {method.name} edits no layer; leave them out")
     if method.layers[-1] >= num_blocks:
         raise InputError(
             f"method.layers: {method.layers[-1]} does not exist; the model has blocks 0 to"

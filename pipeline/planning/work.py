@@ -15,6 +15,7 @@ from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.plan import Plan, cut_probes
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.training import EDITS_OF_A_PIECE
+from pipeline.errors import InputError
 from pipeline.evaluation.packing import Layout, encode_probes
 from pipeline.evaluation.probes import Probe
 from pipeline.methods import build_adapter_method, build_gradient_method, build_method
