@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
+from pipeline.editing.adapters import MemoryAdapter
 from pipeline.editing.serac.router import Mode
+from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
+from pipeline.evaluation.general import measure
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.probes import Probe
 from pipeline.evaluation.scoring import score
@@ -129,3 +133,32 @@ def test_states_without_a_share_are_not_computed_by_the_second_model() -> None:
         score(model, case.tokenizer, outside, max_tokens=1000)
         handle.remove()
     assert not calls
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+def test_neutral_prompts_are_answered_as_they_are_routed(mode: Mode) -> None:
+    case, editor = setting("gpt2")
+    weights = EditedWeights(case.editable, (0,))
+    change = MemoryAdapter.of(ENTRIES, editor.embed_edits(ENTRIES, 200))
+    weights.apply(0, replace(change, router=router(editor, [], mode)))
+    try:
+        rows = measure(
+            weights, case.tokenizer, [], QUERIES, text_tokens=None, batch_tokens=30, round=0
+        )
+    finally:
+        weights.revert()
+    found = {row["measure"]: row["value"] for row in rows}
+    kl, same = 0.0, 0
+    h = editor.counterfactual.model.model
+    for query in QUERIES:
+        edit, share = nearest("gpt2", mode)[query]
+        both = [
+            oracle.answer_probabilities(case.model, h, case.tokenizer, query, [], edit, one)
+            for one in (0.0, share)
+        ]
+        kl += float((both[0] * (both[0].log() - both[1].log())).sum()) / len(QUERIES)
+        same += int(both[0].argmax() == both[1].argmax())
+    assert kl > 1e-3
+    assert found["kl"] == pytest.approx(kl, rel=1e-4)
+    assert found["same_argmax"] == pytest.approx(same / len(QUERIES))
+    assert case.editable.router is None
