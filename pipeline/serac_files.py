@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.editing.serac.memory import MemoryEntry
 from pipeline.editing.serac.serving import SeracModel
-from pipeline.editors import CARD, WEIGHTS, read_card, read_tensors
+from pipeline.editors import CARD, WEIGHTS, read_card
 from pipeline.errors import FingerprintMismatchError, InputError
-from pipeline.methods.serac import make_router, new_editor
+from pipeline.methods.serac import load_editor, make_router
 from pipeline.models.editable import EditableModel, resolve_device
 from pipeline.models.loading import fingerprint, load_model, load_tokenizer, save_model
 from pipeline.results.damage import first_problem
@@ -92,8 +92,8 @@ def load_serac(directory: str | Path, model: PreTrainedModel | None = None) -> S
         )
     tokenizer = load_tokenizer(named)
     card = read_card(place / EDITOR, f"{place}: {EDITOR}")
-    editor = new_editor(described.serac, EditableModel(model), tokenizer)
-    editor.module.load_state_dict(read_tensors(place / EDITOR, card.sha256))
+    editable = EditableModel(model)
+    editor = load_editor(described.serac, place / EDITOR, card.sha256, editable, tokenizer)
     router = make_router(editor, described.serac)
     rows = memory.select(["case_id", "prompt", "target"]).to_pylist()
     entries = [MemoryEntry(row["case_id"], row["prompt"], row["target"]) for row in rows]

@@ -154,6 +154,7 @@ def _on_prompts(
     if model.router is not None:
         routes = model.router.routes(prompts)
         read = [routes.row(number, rows[number]) for number in routes.taken]
+        routes.require_room(max(map(len, read), default=0))
         routed = routes, _last_states(routes.model, read, batch_tokens)
     kl, same = _compare(model, before, after, routed)
     count = len(rows)

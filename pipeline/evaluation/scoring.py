@@ -42,7 +42,8 @@ def score(
 
     Each distinct pair of a prompt and an answer is scored once. The answer's ids follow the
     prompt's ids; text is never joined and segmented again. (An encoder-decoder model's answers are
-    texts of their own, and end.) Logits are float32 (float64 for a float64 model).
+    texts of their own, and end.) Where the model has a router, prompts are answered as it sends
+    them. Logits are float32 (float64 for a float64 model).
 
     Args:
         max_tokens: tokens of a batch at most, padding counted; a longer row is a batch of its own.
@@ -239,14 +240,8 @@ def _behind(encoded: EncodedProbes, routes: Routes, numbers: Sequence[int]) -> E
     """
     prompts = [routes.row(number, encoded.prompts[number]) for number in numbers]
     answers = [encoded.answers[number] for number in numbers]
-    limit = routes.model.max_positions
     for prompt, of_prompt in zip(prompts, answers, strict=True):
-        length = len(prompt) + max(len(answer) for answer in of_prompt) - 1
-        if limit is not None and length > limit:
-            raise InputError(
-                f"a prompt behind the edit that holds it needs {length} tokens with its answer, the"
-                f" counterfactual model has {limit} positions; shorten the prompt or leave it out"
-            )
+        routes.require_room(len(prompt) + max(len(answer) for answer in of_prompt) - 1)
     return replace(encoded, prompts=prompts, answers=answers)
 
 

@@ -6,6 +6,7 @@ that an edit holds are answered by the counterfactual model h (`pipeline.editing
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,8 +63,7 @@ class Serac(MemoryMethod):
         if self._router is None or self._router[0] is not model:
             own = self.spec.serac
             assert own.editor is not None and own.editor_sha256 is not None
-            editor = new_editor(own, model, tokenizer)
-            editor.module.load_state_dict(read_tensors(own.editor, own.editor_sha256))
+            editor = load_editor(own, own.editor, own.editor_sha256, model, tokenizer)
             self._router = model, make_router(editor, own)
         return self._router[1]
 
@@ -130,6 +130,37 @@ def new_editor(
             )
         small = load_model(named, model.device)
     return SeracEditor(encoder, Counterfactual.of(small, tokenizer, model.vocab_size), spec.scale)
+
+
+def load_editor(
+    spec: SeracSpec,
+    directory: str | Path,
+    sha256: str,
+    model: EditableModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> SeracEditor:
+    """The two models as they were trained.
+
+    Args:
+        spec: the settings that they were trained with.
+        directory: the editor's.
+        sha256: digest of its parameters.
+        model: the unedited model.
+        tokenizer: its tokenizer.
+
+    Raises:
+        InputError: a model that the spec names is another one by now.
+        ResultsDamagedError: the editor is damaged.
+    """
+    editor = new_editor(spec, model, tokenizer)
+    try:
+        editor.module.load_state_dict(read_tensors(directory, sha256))
+    except RuntimeError as error:
+        raise InputError(
+            f"method.serac.editor: {directory} does not fit the models that method.serac names:"
+            f" {str(error).splitlines()[0]}"
+        ) from error
+    return editor
 
 
 def make_router(editor: SeracEditor, spec: SeracSpec) -> SeracRouter:

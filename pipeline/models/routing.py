@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from pipeline.errors import InputError
 from pipeline.models.caches import GrowingCache
 
 if TYPE_CHECKING:
@@ -49,6 +50,19 @@ class Routes:
         prefix = self.prefixes[number]
         begins = bool(prefix) and bool(ids) and ids[0] == self.begin == prefix[0]
         return [*prefix, *(ids[1:] if begins else ids)]
+
+    def require_room(self, length: int) -> None:
+        """Check that the second model has positions for so many tokens.
+
+        Raises:
+            InputError: it has not.
+        """
+        limit = self.model.max_positions
+        if limit is not None and length > limit:
+            raise InputError(
+                f"a prompt behind the edit that holds it needs {length} tokens with its answer, the"
+                f" counterfactual model has {limit} positions; shorten the prompt or leave it out"
+            )
 
 
 class Router(Protocol):
@@ -138,6 +152,7 @@ class RoutedLogits(LogitsProcessor):
             ids: (rows, tokens) of those tokens that are not in the cache.
             real: (rows, all tokens) bool, False at padding.
         """
+        self._routes.require_room(int(real.sum(dim=1).max()))
         model, start = self._routes.model, real.shape[1] - ids.shape[1]
         positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
         segments = torch.where(real, 0, -1)[..., None].expand(*real.shape, 2)

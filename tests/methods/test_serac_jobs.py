@@ -123,7 +123,9 @@ def test_rounds_add_up_to_the_batch_and_can_be_gone_on_with(tiny: TinyJobs, tmp_
     assert _bits(read(run_sequential(_spec(tiny, study.path, ROUNDS)).path)) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(1500)
 def test_ray_gives_the_bits_of_one_process(tiny: TinyJobs, tmp_path: Path, local_ray: None) -> None:
     alone = read(run_batch_edit(_spec(tiny, tmp_path / "alone")).path)
     spec = _spec(tiny, tmp_path / "ray", "cluster.engine=ray", "cluster.workers=2")
@@ -154,10 +156,14 @@ def test_an_export_answers_as_the_run_was_scored(tiny: TinyJobs, tmp_path: Path)
 
 
 def test_wrong_settings_are_refused(tiny: TinyJobs, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="edits no layer"):
+    with pytest.raises(InputError, match=r"is for \[0\], not \[0, 1\]; leave them out"):
         run_batch_edit(_spec(tiny, tmp_path / "a", "method.layers=[0, 1]"))
+    with pytest.raises(InputError, match="serac edits no layer; leave them out"):
+        run_training(tiny.spec(tmp_path / "a", *SERAC, *TRAIN, "method.layers=[0, 1]"))
     with pytest.raises(InputError, match="wrappers: serac changes no weight"):
         run_batch_edit(_spec(tiny, tmp_path / "b", "method.wrappers=[rect]"))
     with pytest.raises(InputError, match="it is 8 in the editor"):
         run_batch_edit(_spec(tiny, tmp_path / "c", "method.serac.embedding_size=9"))
+    with pytest.raises(InputError, match="9 are to be copied, and the model has 4"):
+        run_training(tiny.spec(tmp_path / "d", *SERAC, *TRAIN, "method.serac.classifier_blocks=9"))
     assert not list(tmp_path.iterdir())

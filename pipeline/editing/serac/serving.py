@@ -112,6 +112,7 @@ class SeracModel(nn.Module):
         logits, model = logits.clone(), routes.model
         ids = {number: input_ids[number][real[number].bool()].tolist() for number in taken}
         rows = [routes.row(number, ids[number]) for number in taken]
+        routes.require_room(max(map(len, rows)))
         batch = make_batch(model, rows, range(len(rows)))
         states = model.final(
             None,

@@ -1,13 +1,19 @@
 """Encoder, counterfactual model and router against the plain ones, on two families."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertModel
 
 from pipeline.editing.serac.counterfactual import Counterfactual
 from pipeline.editing.serac.training import Example, LossSettings, losses
 from pipeline.errors import InputError
+from pipeline.methods.serac import new_editor
 from pipeline.models.anatomy import family_of
 from pipeline.models.first_blocks import first_blocks
+from pipeline.spec.trained import SeracSpec
+from tests import families
 from tests.cases import ALL_FAMILIES, fresh
 from tests.editing.serac.cases import ENTRIES, FAMILIES, QUERIES, router, setting
 from tests.oracles import serac as oracle
@@ -145,6 +151,34 @@ def test_routes_are_the_plain_ones(family: str) -> None:
         assert soft.row(number, ids) == row
         assert hard.row(number, ids) == (row if scopes[best] > 0.5 else ids)
     assert sorted(set(hard.shares.tolist())) == [0.0, 1.0]  # both kinds are among them
+
+
+def test_models_that_are_named_are_loaded(tmp_path: Path) -> None:
+    """An encoder as published, and a smaller h; both from directories."""
+    case, _ = setting("gpt2")
+    config = DistilBertConfig(vocab_size=400, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+    trunk = DistilBertModel(config).eval()
+    tokenizer = families.build_tokenizer()
+    tokenizer.add_special_tokens({"sep_token": "<|end|>"})
+    trunk.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    families.save("gpt2", tmp_path / "h")
+    spec = SeracSpec(classifier=str(tmp_path / "encoder"), counterfactual=str(tmp_path / "h"))
+    editor = new_editor(spec, case.editable, case.tokenizer)
+    assert editor.encoder.size == 16
+    rows = editor.encoder.edit_ids(["The house is"], ["old"])
+    assert rows == [tokenizer("The house is <|end|> old <|end|>")["input_ids"]]
+    rows += editor.encoder.query_ids(QUERIES)
+    found = editor.encoder.embed(rows, 30)
+    for row, one in zip(rows, found, strict=True):
+        with torch.no_grad():
+            alone = trunk(input_ids=torch.tensor([row])).last_hidden_state[0, 0]
+        torch.testing.assert_close(one, alone, rtol=1e-5, atol=1e-5)
+    other = SeracSpec(counterfactual=str(tmp_path / "encoder"))
+    with pytest.raises(InputError, match="another tokenizer"):
+        tokenizer.add_tokens(["new"])
+        tokenizer.save_pretrained(tmp_path / "encoder")
+        new_editor(other, case.editable, case.tokenizer)
 
 
 def test_a_prompt_that_the_classifier_cannot_read_is_named() -> None:
