@@ -118,7 +118,7 @@ def new_editor(
         )
     else:
         named = ModelSpec(path=spec.classifier, dtype="float32")
-        encoder = TextEncoder(load_encoder(named, model.device), load_tokenizer(named))
+        encoder = TextEncoder(load_encoder(named, model.output_device), load_tokenizer(named))
     if spec.counterfactual is None:
         small = first_blocks(model.model, spec.counterfactual_blocks).float()
     else:
@@ -128,7 +128,7 @@ def new_editor(
                 f"method.serac.counterfactual: {spec.counterfactual} has another tokenizer than the"
                 " edited model; take a small model of the same family"
             )
-        small = load_model(named, model.device)
+        small = load_model(named, model.output_device)
     return SeracEditor(encoder, Counterfactual.of(small, tokenizer, model.vocab_size), spec.scale)
 
 

@@ -141,7 +141,7 @@ class RoutedLogits(LogitsProcessor):
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         real = torch.arange(longest) >= longest - lengths[:, None]
-        device = self._routes.model.device
+        device = self._routes.model.input_device
         return ids.to(device), real.to(device)
 
     @torch.inference_mode()

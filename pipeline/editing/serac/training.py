@@ -122,7 +122,7 @@ def edit_losses(
         rows.append(TargetRow(number, (*prompt, *answer[:-1]), places, answer, 1.0))
     order, found = [], []
     for batch in token_batches(model, [row.ids for row in rows], max_tokens):
-        targeted = TargetBatch.of(batch, rows)
+        targeted = TargetBatch.of(batch, rows, model.output_device)
         states = model.final(
             None,
             first=0,
@@ -133,4 +133,4 @@ def edit_losses(
         )
         found.append(targeted.losses(model, states))
         order.append(batch.index)
-    return torch.cat(found)[torch.cat(order).argsort().to(model.device)]
+    return torch.cat(found)[torch.cat(order).argsort().to(model.output_device)]
