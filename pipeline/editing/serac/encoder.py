@@ -97,7 +97,10 @@ class TextEncoder(nn.Module):
         return rows
 
     def edit_ids(self, prompts: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
-        """Token ids of edits: "prompt [SEP] target [SEP]", without [SEP] where there is none."""
+        """Token ids of edits: "prompt [SEP] target", and what the tokenizer ends every text with.
+
+        A causal trunk's are the prompt's and the target's, side by side.
+        """
         if self.kind == "causal":
             answers = encode_targets(self.tokenizer, targets)
             rows = self.query_ids(prompts)

@@ -167,7 +167,7 @@ def test_models_that_are_named_are_loaded(tmp_path: Path) -> None:
     editor = new_editor(spec, case.editable, case.tokenizer)
     assert editor.encoder.size == 16
     rows = editor.encoder.edit_ids(["The house is"], ["old"])
-    assert rows == [tokenizer("The house is <|end|> old <|end|>")["input_ids"]]
+    assert rows == [tokenizer("The house is <|end|> old")["input_ids"]]
     rows += editor.encoder.query_ids(QUERIES)
     found = editor.encoder.embed(rows, 30)
     for row, one in zip(rows, found, strict=True):
