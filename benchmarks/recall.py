@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark and return its row."""
     arguments = _parse(argv)
     torch.set_num_threads(arguments.threads)
-    rows, found = [], {}
+    rows: list[Sequence[Any]] = []
+    found: dict[str, Any] = {}
     for size in arguments.sizes:
         one = _measure(size, arguments)
         rows.append((size, *one.values()))
@@ -49,7 +50,7 @@ def _measure(size: int, arguments: argparse.Namespace) -> dict[str, float | None
         index = InvertedFile(arguments.width, exact_below=first, probes=arguments.probes)
         memories["index"] = EditMemory(arguments.width, index=index)
     build = {
-        name: timed_run(lambda memory=memory: _fill(memory, embeddings), arguments.clock).seconds  # type: ignore[misc]
+        name: timed_run(lambda memory=memory: _fill(memory, embeddings), arguments.clock).seconds
         for name, memory in memories.items()
     }
     runs = {name: lambda memory=memory: memory.recall(queries) for name, memory in memories.items()}  # type: ignore[misc]

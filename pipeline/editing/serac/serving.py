@@ -31,7 +31,7 @@ class SeracModel(nn.Module):
         self, base: PreTrainedModel, router: Router, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base: Any = base  # `generate` comes from a mixin that PreTrainedModel does not name
         self.router, self.tokenizer = router, tokenizer
 
     def __getattr__(self, name: str) -> Any:
