@@ -50,10 +50,10 @@ def _measure(size: int, arguments: argparse.Namespace) -> dict[str, float | None
         index = InvertedFile(arguments.width, exact_below=first, probes=arguments.probes)
         memories["index"] = EditMemory(arguments.width, index=index)
     build = {
-        name: timed_run(lambda memory=memory: _fill(memory, embeddings), arguments.clock).seconds
+        name: timed_run(lambda memory=memory: _fill(memory, embeddings), arguments.clock).seconds  # type: ignore[misc]
         for name, memory in memories.items()
     }
-    runs = {name: lambda memory=memory: memory.recall(queries) for name, memory in memories.items()}  # type: ignore[misc]
+    runs = {name: lambda memory=memory: memory.recall(queries) for name, memory in memories.items()}
     timed = alternate(runs, arguments.repeats, arguments.clock)
     of_query = {name: 1e3 * run.seconds / len(queries) for name, run in timed.items()}
     exact = timed["exact"].result.entries
