@@ -56,7 +56,7 @@ def test_it_writes_facts_that_it_was_not_trained_on(
     own = {"editor": str(tmp_path / "train" / "editor")}
     edits = {"name": "serac", "serac": own}
     batch = read(run_batch_edit(spec("batch", method=edits)).path)
-    rounds = {"size": 4, "evaluate": ["all_past"]}
+    rounds = {"size": 4, "evaluate": ["all_past", "current"]}
     study = read(run_sequential(spec("study", method=edits, rounds=rounds)).path)
     soft = {"name": "serac", "serac": {**own, "mode": "soft"}}
     mixed = read(run_batch_edit(spec("soft", method=soft)).path)
