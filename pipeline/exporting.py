@@ -74,7 +74,8 @@ def _export_memory(
     require_fingerprint(model, run)
     memory = run.memory()
     if round is not None:
-        memory = memory.filter(pc.less_equal(memory["round"], round))
+        held = pc.equal if spec.rolls_back else pc.less_equal
+        memory = memory.filter(held(memory["round"], round))
     with writing(str(target)), whole_directory(target) as temporary:
         save_serac(temporary, model, load_tokenizer(source), spec.method.serac, memory)
         write_model_card(temporary, spec, run.recorded, applied)
