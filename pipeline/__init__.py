@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.harness import run_harness
     from pipeline.report.page import write_report
     from pipeline.requests import EditRequest
+    from pipeline.serac_files import load_serac
     from pipeline.spec import JobSpec, load_spec
     from pipeline.unediting import UneditResult, unedit
 
@@ -26,6 +27,7 @@ _PLACES = {
     "apply_updates": "pipeline.applying",
     "export_model": "pipeline.exporting",
     "load_adapter": "pipeline.adapter_files",
+    "load_serac": "pipeline.serac_files",
     "load_spec": "pipeline.spec",
     "run_batch_edit": "pipeline.cluster.run",
     "run_comparison": "pipeline.cluster.comparison",
@@ -47,6 +49,7 @@ __all__ = [
     "apply_updates",
     "export_model",
     "load_adapter",
+    "load_serac",
     "load_spec",
     "run_batch_edit",
     "run_comparison",

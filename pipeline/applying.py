@@ -52,13 +52,12 @@ def apply_updates(
     opened = read(run)
     require_round(opened, round)
     opened.verify()
-    recorded = opened.recorded
-    found, expected = fingerprint(model), recorded.model.fingerprint
-    if found != expected:
-        raise FingerprintMismatchError(
-            f"{run}: its updates were made for the model with fingerprint {expected[:12]}, this one"
-            f" has {found[:12]}; load the unedited {recorded.model.path!r}"
+    if spec_of(opened).method.is_memory:
+        raise InputError(
+            f"{run}: its edits are in a memory, and change no weight: `editfleet export` it and"
+            " load that with pipeline.load_serac"
         )
+    require_fingerprint(model, opened)
     editable = editable_model(model)
     updates = [
         read_update(path)[:2]
@@ -86,6 +85,21 @@ def spec_of(run: Run) -> JobSpec:
         InputError: it is none that this version knows.
     """
     return parse_spec(run.recorded.spec, f"{run.place}/manifest.json: spec")
+
+
+def require_fingerprint(model: PreTrainedModel, run: Run) -> None:
+    """Check that a model is the unedited one of a run.
+
+    Raises:
+        FingerprintMismatchError: it is not.
+    """
+    recorded = run.recorded
+    found, expected = fingerprint(model), recorded.model.fingerprint
+    if found != expected:
+        raise FingerprintMismatchError(
+            f"{run.place}: its updates were made for the model with fingerprint {expected[:12]},"
+            f" this one has {found[:12]}; load the unedited {recorded.model.path!r}"
+        )
 
 
 def require_round(run: Run, round: int | None) -> None:

@@ -6,14 +6,16 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.adapter_files import save_edited
-from pipeline.applying import apply_updates, require_round, spec_of
+from pipeline.applying import apply_updates, require_fingerprint, require_round, spec_of
 from pipeline.errors import InputError
 from pipeline.model_card import write_model_card
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.results import Run, read
 from pipeline.results.atomic import whole_directory
 from pipeline.results.recorded import RecordedSummary, check_recorded
+from pipeline.serac_files import save_serac
 from pipeline.sources.files import writing
+from pipeline.spec import JobSpec, ModelSpec
 
 
 def export_model(
@@ -26,7 +28,8 @@ def export_model(
 ) -> None:
     """Load the unedited model, apply the run's updates, and save it with tokenizer and card.
 
-    Adapters are written beside it, for `pipeline.load_adapter`. The directory is there whole or not
+    Adapters are written beside it, for `pipeline.load_adapter`; an edit memory with its trained
+    models for `pipeline.load_serac`. The directory is there whole or not
     at all.
 
     Args:
@@ -51,6 +54,9 @@ def export_model(
     require_round(opened, round)
     applied = _applied(opened, round)
     source = spec.model.model_copy(update={"allow_pickle": allow_pickle})
+    if spec.method.is_memory:
+        _export_memory(opened, target, spec, source, round, applied)
+        return
     model = load_model(source, torch.device("cpu"))
     weights = apply_updates(model, run, round=round).weights
     if merge:
@@ -58,6 +64,21 @@ def export_model(
     with writing(str(target)), whole_directory(target) as temporary:
         save_edited(weights, load_tokenizer(source), temporary)
         write_model_card(temporary, spec, recorded, applied, merged=merge)
+
+
+def _export_memory(
+    run: Run, target: Path, spec: JobSpec, source: ModelSpec, round: int | None, applied: int
+) -> None:
+    """Write the unedited model with the memory and what it is used with."""
+    model = load_model(source, torch.device("cpu"))
+    require_fingerprint(model, run)
+    memory = run.memory()
+    if round is not None:
+        held = pc.equal if spec.rolls_back else pc.less_equal
+        memory = memory.filter(held(memory["round"], round))
+    with writing(str(target)), whole_directory(target) as temporary:
+        save_serac(temporary, model, load_tokenizer(source), spec.method.serac, memory)
+        write_model_card(temporary, spec, run.recorded, applied)
 
 
 def _applied(run: Run, round: int | None) -> int:

@@ -14,7 +14,7 @@ from pipeline.cluster.record import package_versions, plan_entries
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
-from pipeline.methods import build_adapter_method, build_gradient_method
+from pipeline.methods import build_adapter_method, build_method
 from pipeline.places import below
 from pipeline.results.listing import KINDS, Kind, Part, TensorKind, in_order
 from pipeline.results.manifest import Begun, Cut, HeldOut, Requests, read_begun
@@ -224,8 +224,8 @@ def _unsound_training(
     found = {
         kind: [part for part in store.parts(kind, round) if part.name not in lost] for kind in KINDS
     }
-    wanted: dict[Kind, int] = {"update": len(plan.layers), "training": 1}
-    if build_gradient_method(plan.spec.method).remembers and not plan.spec.rolls_back:
+    wanted: dict[Kind, int] = {"update": len(plan.layers), plan.spec.method.round_table: 1}
+    if build_method(plan.spec.method).remembers and not plan.spec.rolls_back:
         wanted["state"] = 1
     damaged = {part.kind for part in lost.values() if part.round == round}
     if not stands or damaged & wanted.keys():
@@ -309,7 +309,7 @@ def is_complete(store: RunStore, plan: Plan) -> bool:
             left += shards_left(store, "attributions", round, shards)
             left += shards_left(store, "neurons", round, shards[:1])
         elif not (plan.spec.method.is_closed_form or plan.spec.method.is_piecewise):
-            left += shards_left(store, "training", round, shards[:1])
+            left += shards_left(store, plan.spec.method.round_table, round, shards[:1])
         for stage in range(len(plan.stages)):
             left += shards_left(store, "values", round, plan.value_shards(round, stage))
         left += shards_left(store, "edits", round, shards[:1])

@@ -34,6 +34,7 @@ from pipeline.cluster.record import (
     recording_end,
     save_edited_model,
 )
+from pipeline.cluster.remembering import Remembering
 from pipeline.cluster.resume import (
     earlier_spec,
     holds_all_updates,
@@ -54,6 +55,7 @@ from pipeline.methods import (
     build_adapter_method,
     build_gradient_method,
     build_locating_method,
+    build_memory_method,
     build_method,
 )
 from pipeline.requests import EditRequest
@@ -69,9 +71,9 @@ log = logging.getLogger(__name__)
 _LEAST_TO_JUDGE_A_ROUND_BY = 10
 
 # What a round that diverged may have written already; its values stay.
-_OF_UPDATES: tuple[Kind, ...] = ("update", "keys", "training", "piece")
+_OF_UPDATES: tuple[Kind, ...] = ("update", "keys", "training", "piece", "memory")
 
-_Writer = Insertion | Training | Locating | Adapting
+_Writer = Insertion | Training | Locating | Adapting | Remembering
 
 
 class Study:
@@ -217,7 +219,9 @@ class Study:
                 self._blame(store, [r for shard in live for r in shard.items], error, round)
                 raise
 
-    def _train(self, store: RunStore, training: Training | Adapting, round: int) -> None:
+    def _train(
+        self, store: RunStore, training: Training | Adapting | Remembering, round: int
+    ) -> None:
         shards = without(self.plan.rounds.shards[round], self.failures)
         requests = [request for shard in shards for request in shard.items]
         try:
@@ -327,6 +331,9 @@ class Study:
             return Locating(locating, self.scheduler, store, worker, self.progress)
         if spec.method.is_piecewise:
             return self._adapting(store, worker)
+        if spec.method.is_memory:
+            memory = build_memory_method(spec.method)
+            return Remembering(memory, self.scheduler, store, worker, self.progress)
         if not spec.method.is_closed_form:
             retries, method = spec.cluster.max_retries, build_gradient_method(spec.method)
             carries_over = not spec.rolls_back

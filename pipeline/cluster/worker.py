@@ -39,6 +39,7 @@ from pipeline.methods import (
     GradientMethod,
     KnowledgeNeurons,
     Made,
+    MemoryMethod,
     Scene,
     build_method,
     build_trainable,
@@ -303,7 +304,7 @@ class EditWorker:
         if self.weights.version == version + 1:
             return self.weights.version
         self._require(version)
-        self.weights.apply(layer, update)
+        self.weights.apply(layer, self.method.bound(update, self.model, self.tokenizer))
         return self.weights.version
 
     def revert(self) -> None:
@@ -311,6 +312,13 @@ class EditWorker:
         self.weights.revert()
         self._waves.clear()
         self._laid_out.clear()
+
+    def remember(self, requests: Sequence[EditRequest], *, version: int, round: int) -> pa.Table:
+        """What a method with a memory keeps of some edits; rows of memory/."""
+        self._require(version)
+        assert isinstance(self.method, MemoryMethod), "the method has no memory"
+        rows = self.method.remember(self.model, self.tokenizer, requests, round)
+        return conform("memory", rows)
 
     def masters(self, *, version: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Every edited weight as it is now and as it was at first: layer -> (D, F) float64."""

@@ -12,6 +12,9 @@ edited matrices differ), so P is exact, is not stored, and needs no earlier roun
 
 same_argmax: share of those prompts after which both have the same most likely token.
 
+Of a model with a router (`pipeline.models.routing`) the prompts are answered as it sends them, and
+held-out texts are read by the edited model itself: they ask nothing.
+
 weight_norm, update_norm: Frobenius norms of an edited weight, and of all that was added to it.
 """
 
@@ -29,6 +32,7 @@ from pipeline.editing.batching import token_batches
 from pipeline.editing.update import EditedWeights
 from pipeline.evaluation.scoring import LOGIT_BYTES, project
 from pipeline.models.editable import EditableModel
+from pipeline.models.routing import Routes, mixed
 from pipeline.prompts import token_ids
 
 _OF_WEIGHTS = ("weight_norm", "update_norm")
@@ -59,9 +63,10 @@ def measure(
         round: the round after which the model is measured, -1 for the unedited one.
     """
     model = weights.model
+    asked = [text for text in prompts if tokenizer(text)["input_ids"]]
     found = [
         *_on_texts(model, _encode(model, tokenizer, texts, text_tokens), batch_tokens),
-        *_on_prompts(weights, _encode(model, tokenizer, prompts, text_tokens), batch_tokens),
+        *_on_prompts(weights, asked, _encode(model, tokenizer, asked, text_tokens), batch_tokens),
     ]
     rows = [_row(round, name, None, value, count) for name, value, count in found if count]
     for layer in weights.layers:
@@ -139,12 +144,19 @@ def _on_texts(model: EditableModel, rows: Rows, batch_tokens: int) -> list[tuple
 
 
 def _on_prompts(
-    weights: EditedWeights, rows: Rows, batch_tokens: int
+    weights: EditedWeights, prompts: Sequence[str], rows: Rows, batch_tokens: int
 ) -> list[tuple[str, float, int]]:
+    model = weights.model
     with weights.unedited():
-        before = _last_states(weights.model, rows, batch_tokens)
-    after = _last_states(weights.model, rows, batch_tokens)
-    kl, same = _compare(weights.model, before, after)
+        before = _last_states(model, rows, batch_tokens)
+    after = _last_states(model, rows, batch_tokens)
+    routed = None
+    if model.router is not None:
+        routes = model.router.routes(prompts)
+        read = [routes.row(number, rows[number]) for number in routes.taken]
+        routes.require_room(max(map(len, read), default=0))
+        routed = routes, _last_states(routes.model, read, batch_tokens)
+    kl, same = _compare(model, before, after, routed)
     count = len(rows)
     means = (float(kl.mean()), float(same.double().mean())) if count else (math.nan, math.nan)
     return [("kl", means[0], count), ("same_argmax", means[1], count)]
@@ -166,8 +178,21 @@ def _last_states(model: EditableModel, rows: Rows, batch_tokens: int) -> Tensor:
     return states
 
 
-def _compare(model: EditableModel, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(before || after) in float64 and equality of the argmax of each pair of states."""
+def _compare(
+    model: EditableModel,
+    before: Tensor,
+    after: Tensor,
+    routed: tuple[Routes, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL(before || after) in float64 and equality of the argmax of each pair of states.
+
+    Args:
+        model: projects the states.
+        before: (rows, d).
+        after: (rows, d).
+        routed: routes of the prompts, and the second model's states of those that it has a share
+            in.
+    """
     kl = torch.empty(len(before), dtype=torch.float64, device=before.device)
     same = torch.empty(len(before), dtype=torch.bool, device=before.device)
     # The difference of two like distributions is small: float32 would leave little of it.
@@ -175,11 +200,26 @@ def _compare(model: EditableModel, before: Tensor, after: Tensor) -> tuple[Tenso
     for start in range(0, len(before), step):
         part = slice(start, start + step)
         old = model.logits(before[part]).double().log_softmax(-1)
-        new = model.logits(after[part]).double().log_softmax(-1)
+        new = _with_share(model.logits(after[part]).double(), part, routed).log_softmax(-1)
         kl[part] = (old.exp() * (old - new)).sum(-1)
         # argmax finds something among logits that are not numbers, too.
         same[part] = (old.argmax(-1) == new.argmax(-1)) & kl[part].isfinite()
     return kl, same
+
+
+def _with_share(logits: Tensor, part: slice, routed: tuple[Routes, Tensor] | None) -> Tensor:
+    """Logits of some rows, with the second model's share where it has one."""
+    if routed is None:
+        return logits
+    routes, states = routed
+    inside = [(line, n) for line, n in enumerate(routes.taken) if part.start <= n < part.stop]
+    if not inside:
+        return logits
+    lines, numbers = (torch.tensor(column) for column in zip(*inside, strict=True))
+    rows = (numbers - part.start).to(logits.device)
+    second = routes.model.logits(states[lines.to(states.device)]).to(logits)
+    joint = mixed(logits[rows], second, routes.shares[numbers].to(logits.device))
+    return logits.index_copy(0, rows, joint)
 
 
 def _encode(

@@ -4,12 +4,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pipeline.errors import InputError
 from pipeline.evaluation.packing import length_batches
 from pipeline.evaluation.texts import matches
 from pipeline.models.editable import EditableModel
+from pipeline.models.routing import RoutedLogits
 from pipeline.prompts import pad_token_id, token_ids
 
 __all__ = ["generate", "matches"]
@@ -56,14 +62,17 @@ def generate(
     continued: dict[str, str] = {}
     with _generation_config(model.model, config), torch.inference_mode():
         for batch in length_batches([len(row) + max_new_tokens for row in rows], batch_tokens):
-            new = _continue(model, [rows[i] for i in batch], pad_token_id(tokenizer))
+            some = [texts[i] for i in batch]
+            new = _continue(model, some, [rows[i] for i in batch], pad_token_id(tokenizer))
             cut = [_until(ids, ends) for ids in new]
             decoded = tokenizer.batch_decode(cut, skip_special_tokens=True)
-            continued.update(zip((texts[i] for i in batch), decoded, strict=True))
+            continued.update(zip(some, decoded, strict=True))
     return [continued[prompt] for prompt in prompts]
 
 
-def _continue(model: EditableModel, rows: Sequence[Sequence[int]], pad_id: int) -> list[list[int]]:
+def _continue(
+    model: EditableModel, texts: Sequence[str], rows: Sequence[Sequence[int]], pad_id: int
+) -> list[list[int]]:
     """New ids of each row: left padding, so that all rows grow at the same end.
 
     An encoder-decoder model's rows begin with the decoder's start token.
@@ -71,9 +80,12 @@ def _continue(model: EditableModel, rows: Sequence[Sequence[int]], pad_id: int) 
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    device = model.input_device
+    device, options = model.input_device, model.new_cache()
+    if model.router is not None:
+        share = RoutedLogits(model.router.routes(texts), rows, width)
+        options["logits_processor"] = LogitsProcessorList([share])
     whole = model.model.generate(
-        input_ids=ids.to(device), attention_mask=real.to(device), **model.new_cache()
+        input_ids=ids.to(device), attention_mask=real.to(device), **options
     )
     return whole[:, 1 if model.answers.is_apart else width :].tolist()
 

@@ -18,6 +18,8 @@ from pipeline.methods.merge import first_of_each_value
 from pipeline.methods.nas import mean_length
 from pipeline.methods.pmet import Pmet
 from pipeline.methods.rome import Rome
+from pipeline.methods.serac import MemoryMethod, Serac
+from pipeline.methods.serac_training import SeracTraining
 from pipeline.methods.settings import resolve_settings, value_settings
 from pipeline.methods.t_patcher import TPatcher
 from pipeline.methods.trainable import Trainable
@@ -41,8 +43,10 @@ GRADIENT: dict[str, type[GradientMethod]] = {
 LOCATING: dict[str, type[KnowledgeNeurons]] = {"kn": KnowledgeNeurons}
 ADAPTER: dict[str, type[AdapterMethod]] = {"t_patcher": TPatcher}
 
-TRAINABLE: dict[str, type[Trainable]] = {**TRAININGS}
+TRAINABLE: dict[str, type[Trainable]] = {**TRAININGS, "serac": SeracTraining}
 """Methods whose editor is trained before it edits."""
+
+MEMORY: dict[str, type[MemoryMethod]] = {"serac": Serac}
 
 UPDATE_WRAPPERS = frozenset({"rect", "prune"})
 """Wrappers that change updates after they are solved for (`Method.wrap`)."""
@@ -52,6 +56,7 @@ __all__ = [
     "CLOSED_FORM",
     "GRADIENT",
     "LOCATING",
+    "MEMORY",
     "TRAINABLE",
     "UPDATE_WRAPPERS",
     "AdapterMethod",
@@ -59,12 +64,14 @@ __all__ = [
     "GradientMethod",
     "KnowledgeNeurons",
     "Made",
+    "MemoryMethod",
     "Method",
     "Scene",
     "build_adapter_method",
     "build_closed_form",
     "build_gradient_method",
     "build_locating_method",
+    "build_memory_method",
     "build_method",
     "build_trainable",
     "check_batch",
@@ -85,7 +92,14 @@ def build_method(spec: MethodSpec) -> Method:
         return build_locating_method(spec)
     if spec.is_piecewise:
         return build_adapter_method(spec)
+    if spec.is_memory:
+        return build_memory_method(spec)
     return build_closed_form(spec) if spec.is_closed_form else build_gradient_method(spec)
+
+
+def build_memory_method(spec: MethodSpec) -> MemoryMethod:
+    """The same for one that keeps edits in a memory."""
+    return MEMORY[spec.name](spec)
 
 
 def build_closed_form(spec: MethodSpec) -> ClosedForm:

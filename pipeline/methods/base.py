@@ -3,15 +3,17 @@
 from dataclasses import replace
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from pipeline.editing.update import Update
+from pipeline.editing.update import Change, Update
 from pipeline.methods.prune import prune
 from pipeline.methods.rect import rect
+from pipeline.models.editable import EditableModel
 from pipeline.spec import MethodSpec
 
 
 class Method:
-    """An editing method: a `ClosedForm`, a `GradientMethod` or `KnowledgeNeurons`.
+    """An editing method: a `ClosedForm`, `GradientMethod`, `MemoryMethod` or `KnowledgeNeurons`.
 
     Args:
         spec: the method's settings, resolved.
@@ -23,6 +25,12 @@ class Method:
     def __init__(self, spec: MethodSpec) -> None:
         assert spec.layers is not None, "resolve the spec first"
         self.spec, self.layers = spec, spec.layers
+
+    def bound(
+        self, change: Change, model: EditableModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Change:
+        """A change with what the method keeps beside it, ready to be applied to a model."""
+        return change
 
     def wrap(self, update: Update, weight_DF: Tensor, pristine_DF: Tensor) -> Update:
         """Pass an update through the wrappers that act on updates, in the spec's order.

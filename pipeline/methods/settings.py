@@ -17,6 +17,7 @@ from pipeline.errors import InputError
 from pipeline.models.answers import is_encoder_decoder, num_blocks
 from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec
 from pipeline.spec.method import ENCODER_DECODER_METHODS
+from pipeline.spec.trained import SeracSpec
 from pipeline.yaml_text import read_yaml
 
 EDITING_FILE = "editing.yaml"
@@ -171,6 +172,9 @@ def _with_editor(method: MethodSpec) -> MethodSpec:
 
 def _last_blocks(method: MethodSpec, published: dict[str, Any], config: Any) -> dict[str, Any]:
     """For a method that was published on the last blocks of every model, these."""
+    if method.is_memory:
+        # A memory lies beside the whole model; its change needs the name of one block.
+        return {**published, "layers": [0]}
     count = _LAST_BLOCKS.get(method.name)
     if count is None:
         return published
@@ -211,6 +215,10 @@ def _check_layers(method: MethodSpec, num_blocks: int) -> None:
     assert method.layers is not None
     if method.name == "rome" and len(method.layers) > 1:
         raise InputError(f"method.layers: rome edits one layer, not {list(method.layers)}")
+    if method.is_memory and method.layers != (0,):
+        raise InputError(f"method.layers: {method.name} edits no layer; leave them out")
+    if method.name == "serac":
+        _check_copies(method.serac, num_blocks)
     if method.layers[-1] >= num_blocks:
         raise InputError(
             f"method.layers: {method.layers[-1]} does not exist; the model has blocks 0 to"
@@ -228,6 +236,18 @@ def _check_layers(method: MethodSpec, num_blocks: int) -> None:
 def _table() -> dict[str, Any]:
     text = files("pipeline.methods").joinpath("defaults.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
+
+
+def _check_copies(own: SeracSpec, num_blocks: int) -> None:
+    """Check that the blocks exist that are copied where no model is named."""
+    for name, count in (
+        ("classifier_blocks", None if own.classifier else own.classifier_blocks),
+        ("counterfactual_blocks", None if own.counterfactual else own.counterfactual_blocks),
+    ):
+        if count is not None and count > num_blocks:
+            raise InputError(
+                f"method.serac.{name}: {count} are to be copied, and the model has {num_blocks}"
+            )
 
 
 def _shape(config: Any) -> str:

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 
 
 class AttentionCache(Cache):
-    """Base of the two caches below: a Hugging Face cache without growing layers of its own."""
+    """Base of the caches below: a Hugging Face cache without growing layers of its own."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -37,6 +37,22 @@ class RecordingCache(AttentionCache):
         if self.prefix is None:
             return key_states, value_states
         return _in_front(self.prefix[layer_idx], key_states, value_states)
+
+
+class GrowingCache(AttentionCache):
+    """Keeps the attention keys and values of all calls, each in front of the next one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx in self._held:
+            key_states, value_states = _in_front(self._held[layer_idx], key_states, value_states)
+        self._held[layer_idx] = (key_states, value_states)
+        return key_states, value_states
 
 
 class PrefixCache(AttentionCache):

@@ -19,6 +19,7 @@ from pipeline.models.anatomy import family_of, is_transposed
 from pipeline.models.answers import CONTINUED, AnswerForm
 from pipeline.models.caches import AttentionCache
 from pipeline.models.masks import attention_masks
+from pipeline.models.routing import Router
 
 
 class EditableModel:
@@ -26,6 +27,9 @@ class EditableModel:
 
     Args:
         model: a causal LM of one of the families in `pipeline.models.anatomy`.
+
+    Attributes:
+        router: sends prompts to another model, for an editor that works like that; None as a rule.
 
     Raises:
         ModelNotSupportedError: the architecture is not covered.
@@ -46,6 +50,7 @@ class EditableModel:
         self.blocks: list[nn.Module] = list(model.get_submodule(self.family.blocks))  # type: ignore[call-overload]
         self.config = model.config.get_text_config()
         self.unembedding: nn.Module = model.get_output_embeddings()
+        self.router: Router | None = None
         self._tuple_outputs = self._blocks_return_tuples()
         # transformers 5.24 has renamed it, and takes the old name with a warning until 5.40.
         known = inspect.signature(self.base.forward).parameters

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -135,6 +136,25 @@ def load_model(spec: ModelSpec, *devices: torch.device) -> PreTrainedModel:
 def auto_class(config: Any) -> Any:
     """The class of transformers that makes a language model of this configuration."""
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
+def load_encoder(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
+    """Load an encoder of texts from safetensors onto a device, in evaluation mode.
+
+    Raises:
+        InputError: there is none.
+    """
+    transformers_logging.disable_progress_bar()
+    with _loading(repr(spec.path)):
+        model: PreTrainedModel = AutoModel.from_pretrained(
+            resolve_path(spec.path),
+            revision=spec.revision,
+            trust_remote_code=False,
+            dtype=_DTYPES.get(spec.dtype, "auto"),
+            use_safetensors=True,
+        )
+    nn.Module.to(model, device)
+    return model.eval()
 
 
 def save_model(

@@ -15,6 +15,7 @@ from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.plan import Plan, cut_probes
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.training import EDITS_OF_A_PIECE
+from pipeline.errors import InputError
 from pipeline.evaluation.packing import Layout, encode_probes
 from pipeline.evaluation.probes import Probe
 from pipeline.methods import build_adapter_method, build_gradient_method, build_method
@@ -125,6 +126,11 @@ def count_work(
         return _attribution_work(plan, model, size, tokenizer, edits)
     if plan.spec.method.is_piecewise:
         return _adapter_work(plan, model, size, tokenizer, edits)
+    if plan.spec.method.is_memory:
+        raise InputError(
+            f"method.name: the time that {plan.spec.method.name} takes cannot be estimated; its"
+            " rounds are one pass of a small model over the edits"
+        )
     if not plan.spec.method.is_closed_form:
         return _gradient_work(plan, model, size, tokenizer, edits)
     taken, stages = [steps] * len(edits), plan.stages

@@ -176,7 +176,7 @@ def find(run: Run) -> Findings:
 def _whole_rounds(run: Run) -> list[int]:
     """The rounds of a run under way whose scores are all there: edits/ is written after them."""
     rounds = set(read_columns(run, "edits", ["round"])["round"].to_pylist())
-    firsts: tuple[TableKind, ...] = ("values", "training", "attributions")
+    firsts: tuple[TableKind, ...] = ("values", "training", "attributions", "memory")
     is_past_baseline = any(run.files(kind) for kind in firsts)
     return sorted(rounds | ({-1} if is_past_baseline else set()))
 

@@ -165,6 +165,7 @@ def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
         return (of_parts("assessment", "assessment", [-1], begun.plan.shards),)
     assert spec.method.layers is not None
     updates, probe_shards = len(store.parts("update")), begun.plan.probe_shards
+    table = spec.method.round_table
     value_shards = begun.plan.shards * len(spec.method.stages)
     if spec.method.is_locating:
         first = of_parts("attribution", "attributions", rounds, begun.plan.shards)
@@ -173,7 +174,7 @@ def _phases(store: RunStore, begun: Begun, spec: JobSpec) -> tuple[Phase, ...]:
     elif spec.method.is_piecewise:
         first = of_edits()
     else:
-        first = of_parts("training", "training", rounds, len(rounds), "rounds")
+        first = of_parts(table, table, rounds, len(rounds), "rounds")
     found = [
         first,
         Phase("insertion", updates, len(rounds) * len(spec.method.layers), "layers"),

@@ -24,6 +24,7 @@ TableKind = Literal[
     "neurons",
     "patches",
     "assessment",
+    "memory",
 ]
 TensorKind = Literal["update", "keys", "state", "checkpoint", "piece"]
 Kind = Literal[
@@ -42,6 +43,7 @@ Kind = Literal[
     "neurons",
     "checkpoint",
     "assessment",
+    "memory",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _TENSOR_KINDS: tuple[TensorKind, ...] = get_args(TensorKind)

@@ -103,6 +103,10 @@ class Run:
         """Return one row a restored run, as a `pyarrow.Table`, Polars or pandas data frame."""
         return self._table("trace", as_)
 
+    def memory(self, as_: Frame = "arrow") -> Any:
+        """Return one row an edit that a memory holds, as a `pyarrow.Table` or a data frame."""
+        return self._table("memory", as_)
+
     def training(self, as_: Frame = "arrow") -> Any:
         """Return one row a step of a gradient method, as a `pyarrow.Table` or a data frame."""
         return self._table("training", as_)

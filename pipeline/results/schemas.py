@@ -275,6 +275,19 @@ ASSESSMENT = pa.schema(
 of other relations (`contrasts`), and their ratio (`pipeline.evaluation.knowledge`), which is null
 where it is 0 / 0. `round` is -1, the unedited model."""
 
+MEMORY = pa.schema(
+    [
+        _required("round", pa.int32()),
+        _required("case_id", pa.string()),
+        _required("prompt", pa.string()),
+        _required("target", pa.string()),
+        _required("embedding", pa.list_(pa.float32())),
+    ],
+    metadata=_FOOTER,
+)
+"""One row an edit that a memory holds: the full prompt, the new answer, and the embedding that the
+scope classifier made of both."""
+
 HARNESS = pa.schema(
     [
         _required("round", pa.int32()),
@@ -310,6 +323,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "neurons": NEURONS,
     "patches": PATCHES,
     "assessment": ASSESSMENT,
+    "memory": MEMORY,
     "harness": HARNESS,
 }
 

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.setting_types import Finite, NonNegative, Positive, Text
 from pipeline.spec.part import Part
-from pipeline.spec.trained import KnowledgeEditorSpec, MalmenSpec, MendSpec, TrainedSpec
+from pipeline.spec.trained import KnowledgeEditorSpec, MalmenSpec, MendSpec, SeracSpec, TrainedSpec
 
 
 class ValueSpec(Part):
@@ -50,6 +50,7 @@ MethodName = Literal[
     "ke",
     "t_patcher",
     "calinet",
+    "serac",
 ]
 GRADIENT_METHODS = frozenset({"ft", "ultraedit", "mend", "malmen", "ke", "calinet"})
 """Methods that make updates from gradients of the target's loss, without values and covariances."""
@@ -62,6 +63,8 @@ ADAPTER_METHODS = PIECEWISE_METHODS | {"calinet"}
 ENCODER_DECODER_METHODS = frozenset({"ft", "ultraedit"})
 """Methods that edit encoder-decoder models. Those in closed form and kn cannot: they write, or look
 for, at a token of the prompt what the answer reads behind it in the same stream of tokens."""
+MEMORY_METHODS = frozenset({"serac"})
+"""Methods that keep edits in a memory and leave the model as it is."""
 Wrapper = Literal["merge", "nas", "rect", "prune", "blue"]
 
 
@@ -283,7 +286,7 @@ class MethodSpec(Part):
 
     name: MethodName = "memit"
     """Editing method: memit, memit_accumulated, emmet, pmet, alphaedit, rome, ft, ultraedit, kn,
-    mend, malmen, ke, t_patcher or calinet; docs/methods.md."""
+    mend, malmen, ke, t_patcher, calinet or serac; docs/methods.md."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is put around it, in this order: merge and nas on values; rect and prune on updates;
     blue, wherever it stands, on the layers."""
@@ -315,6 +318,7 @@ class MethodSpec(Part):
     mend: MendSpec = MendSpec()
     malmen: MalmenSpec = MalmenSpec()
     ke: KnowledgeEditorSpec = KnowledgeEditorSpec()
+    serac: SeracSpec = SeracSpec()
 
     t_patcher: TPatcherSpec = TPatcherSpec()
     calinet: CaliNetSpec = CaliNetSpec()
@@ -332,7 +336,8 @@ class MethodSpec(Part):
     @property
     def is_closed_form(self) -> bool:
         """Whether values are searched and solved for, with the covariance of keys."""
-        return self.name not in GRADIENT_METHODS | LOCATING_METHODS | PIECEWISE_METHODS
+        others = LOCATING_METHODS | PIECEWISE_METHODS | MEMORY_METHODS
+        return self.name not in GRADIENT_METHODS | others
 
     @property
     def is_locating(self) -> bool:
@@ -353,6 +358,16 @@ class MethodSpec(Part):
     def is_adapter(self) -> bool:
         """Whether modules are put beside the weights, which stay as they are."""
         return self.name in ADAPTER_METHODS
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether edits are kept in a memory."""
+        return self.name in MEMORY_METHODS
+
+    @property
+    def round_table(self) -> Literal["training", "memory"]:
+        """Of a method that is not in closed form, the table that each round leaves one part in."""
+        return "memory" if self.is_memory else "training"
 
     @property
     def uses_covariance_weight(self) -> bool:
@@ -399,6 +414,8 @@ class MethodSpec(Part):
             raise ValueError(
                 f"norm_penalty: {self.name} has none; alphaedit.ridge is AlphaEdit's own"
             )
+        if self.is_memory and self.wrappers:
+            raise ValueError(f"wrappers: {self.name} changes no weight; it takes none")
         if not self.is_closed_form:
             of_values = [name for name in self.wrappers if name in ("merge", "nas", "blue")]
             if of_values:

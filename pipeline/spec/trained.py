@@ -1,6 +1,6 @@
 """Settings of methods whose editor is trained before it edits."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -63,3 +63,43 @@ class KnowledgeEditorSpec(TrainedSpec):
     """It goes no lower."""
     multiplier_learning_rate: Annotated[Finite, Field(gt=0)] = 0.1
     """Step of the bound's multiplier, which begins at 1."""
+
+
+class SeracSpec(TrainedSpec):
+    """SERAC (arXiv 2206.06520)."""
+
+    classifier: Place | None = None
+    """Encoder of the scope classifier: local directory or hub id of one whose first token's state
+    is the embedding (DistilBERT, as published). Null copies the edited model's own first blocks."""
+    classifier_blocks: Positive = 2
+    """How many of them, where `classifier` is null."""
+    embedding_size: Positive = 128
+    """Entries of an embedding, where `classifier` is null."""
+    scale: Annotated[Finite, Field(gt=0)] = 1.0
+    """Of the squared distance d: a query is in scope with probability exp(-scale d)."""
+    counterfactual: Place | None = None
+    """Small model h that answers in scope, with the edited model's tokenizer: local directory or
+    hub id. Null copies the edited model."""
+    counterfactual_blocks: Positive | None = None
+    """How many of its first blocks, where `counterfactual` is null; null copies all."""
+    mode: Literal["hard", "soft"] = "hard"
+    """h answers where the probability is above `threshold` (hard), or every answer is a mixture of
+    both models' by it (soft)."""
+    threshold: Annotated[Finite, Field(gt=0, lt=1)] = 0.5
+    """Of the hard mode."""
+    index: Literal["faiss"] | None = None
+    """What finds the nearest edits of a large memory; null looks at every edit. An index may miss
+    one. Needs the extra `index`."""
+    exact_below: Positive = 20_000
+    """Up to so many edits every one is looked at all the same."""
+    index_probes: Positive = 16
+    """Clusters of the index that a query looks into."""
+    all_negatives: bool = False
+    """In training, pair every edit with all questions that are to be left alone, not with its own
+    only."""
+    hard_negatives: NonNegative = 0
+    """In training, pair every edit with so many questions of other edits too, those nearest to
+    it."""
+    draw_targets: bool = True
+    """In training, give an edit the answer of another one of its relation, drawn anew each time, so
+    that h learns to read its answers and not to remember them."""

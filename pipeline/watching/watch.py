@@ -22,6 +22,7 @@ _PHASES = {
     "change_neurons": "insertion",
     "adapt": "training",
     "queries": "memory",
+    "remember": "memory",
     "covariance": "covariance",
     "value_lengths": "anchor",
     "evaluate": "evaluation",

@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.editing.adapters.base import Adapter
+from pipeline.editing.adapters.memory import MemoryAdapter
 from pipeline.editing.adapters.neurons import NeuronBank
 
-KINDS: dict[str, type[Adapter]] = {NeuronBank.kind: NeuronBank}
+KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (NeuronBank, MemoryAdapter)}
 
-__all__ = ["KINDS", "Adapter", "NeuronBank", "make_adapter"]
+__all__ = ["KINDS", "Adapter", "MemoryAdapter", "NeuronBank", "make_adapter"]
 
 
 def make_adapter(kind: str, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Adapter:

@@ -1,0 +1,132 @@
+"""A SERAC model to serve: called and generated with as the causal LM that it wraps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.editing.batching import make_batch
+from pipeline.models.routing import RoutedLogits, Router, Routes, mixed
+
+
+class SeracModel(nn.Module):
+    """A plain causal LM whose prompts are looked up in an edit memory first.
+
+    It has the LM's interface: `model(input_ids=...)` with the LM's own output, `model.generate`,
+    and every other attribute of the LM. Rows that no edit holds get the LM's own numbers, to the
+    bit: it runs on the whole batch, as it would by itself.
+
+    A row's prompt decides. In a call with `labels` it is what has the label -100, as in training a
+    causal LM to answer; without labels it is the whole row.
+
+    Args:
+        base: the LM, which is not changed.
+        router: the edit memory with its models.
+        tokenizer: the LM's.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, router: Router, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        super().__init__()
+        self.base: Any = base  # `generate` comes from a mixin that PreTrainedModel does not name
+        self.router, self.tokenizer = router, tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Logits of whole rows, padded on either side; no gradients.
+
+        Args:
+            input_ids: (rows, tokens).
+            attention_mask: (rows, tokens); None is a batch without padding.
+            labels: (rows, tokens), -100 at prompts and padding; the output then has a loss.
+            options: handed to the LM.
+
+        Raises:
+            ValueError: the rows go on from a cache: their prompts cannot be seen.
+            InputError: the classifier cannot read a prompt.
+        """
+        if options.get("past_key_values") is not None:
+            raise ValueError("SeracModel reads whole rows; call generate() to go on from a prompt")
+        output = self.base(input_ids=input_ids, attention_mask=attention_mask, **options)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompt = real if labels is None else real * (labels == -100)
+        routes = self._routes(input_ids, prompt)
+        if taken := routes.taken:
+            output.logits = self._answered(output.logits, input_ids, real, routes, taken)
+        if labels is not None:
+            output.loss = self.base.loss_function(
+                logits=output.logits, labels=labels, vocab_size=output.logits.shape[-1]
+            )
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        logits_processor: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As the LM's own `generate`; each row is looked up once, by its prompt.
+
+        What the generation settings change in scores that are not sampled from (penalties, tokens
+        that are forbidden) they change in the LM's, before h's take their place.
+        """
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        routes = self._routes(input_ids, real)
+        rows = [ids[kept].tolist() for ids, kept in zip(input_ids, real.bool(), strict=True)]
+        share = RoutedLogits(routes, rows, input_ids.shape[1])
+        return self.base.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_processor=LogitsProcessorList([share, *(logits_processor or ())]),
+            **options,
+        )
+
+    def _routes(self, input_ids: Tensor, prompt: Tensor) -> Routes:
+        rows = [ids[kept] for ids, kept in zip(input_ids, prompt.bool(), strict=True)]
+        texts = self.tokenizer.batch_decode(
+            rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return self.router.routes(texts)
+
+    def _answered(
+        self, logits: Tensor, input_ids: Tensor, real: Tensor, routes: Routes, taken: list[int]
+    ) -> Tensor:
+        """The LM's logits with h's share in the rows that it has one in."""
+        logits, model = logits.clone(), routes.model
+        ids = {number: input_ids[number][real[number].bool()].tolist() for number in taken}
+        rows = [routes.row(number, ids[number]) for number in taken]
+        routes.require_room(max(map(len, rows)))
+        batch = make_batch(model, rows, range(len(rows)))
+        states = model.final(
+            None,
+            first=0,
+            masks=batch.masks,
+            position_ids=batch.positions,
+            input_ids=batch.ids,
+        )
+        for line, number in enumerate(taken):
+            # A beginning-of-text token that h does not read again keeps the LM's logits.
+            count = len(rows[line]) - len(routes.prefixes[number])
+            own = real[number].nonzero().flatten()[-count:]
+            second = model.logits(states[line, len(rows[line]) - count : len(rows[line])])
+            share = routes.shares[number].expand(count).to(logits.device)
+            joint = mixed(logits[number, own], second.to(logits.device), share)
+            logits[number, own] = joint.to(logits.dtype)
+        return logits

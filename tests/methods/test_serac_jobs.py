@@ -1,0 +1,169 @@
+"""SERAC as whole jobs: trained, a batch, rounds, interrupted, exported."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipeline import (
+    apply_updates,
+    export_model,
+    load_serac,
+    run_batch_edit,
+    run_sequential,
+)
+from pipeline.cluster.learning import run_training
+from pipeline.errors import InputError
+from pipeline.models.loading import load_model
+from pipeline.report.page import write_report
+from pipeline.results import Run, read
+from pipeline.results.updates import read_update
+from pipeline.spec import JobSpec
+from tests.tiny_jobs import TinyJobs, digests, records, statuses
+
+SERAC = (
+    "method.name=serac",
+    "method.layers=null",
+    "method.contexts=null",
+    "method.serac.embedding_size=8",
+)
+TRAIN = (
+    "train={steps: 3, batch_size: 4, accumulate: 2, learning_rate: 0.01, checkpoint_every: 2,"
+    " validate_every: 2, validation: 0.2}",
+)
+ROUNDS = "rounds={size: 5, evaluate: [current]}"
+KEEP = "output.on_divergence=keep"  # the editor is hardly trained
+
+
+@cache
+def _editor(tiny: TinyJobs) -> Path:
+    path = tiny.root / "serac"
+    run_training(tiny.spec(path, *SERAC, *TRAIN, requests=records(40)))
+    return path / "editor"
+
+
+def _spec(tiny: TinyJobs, output: Path, *changes: str, **choices: Any) -> JobSpec:
+    editor = f"method.serac.editor={_editor(tiny)}"
+    return tiny.spec(output, *SERAC, editor, KEEP, *changes, **choices)
+
+
+def _bits(run: Run) -> dict[str, Any]:
+    return {**digests(run), "memory": run.memory().to_pylist()}
+
+
+def by_case(run: Run) -> Any:
+    return run.memory().sort_by("case_id")
+
+
+def test_training_is_gone_on_with_to_the_same_bits(tiny: TinyJobs, tmp_path: Path) -> None:
+    whole = load_file(_editor(tiny) / "editor.safetensors")
+    assert {name.split(".")[0] for name in whole} == {"classifier", "counterfactual"}
+    spec = tiny.spec(tmp_path / "run", *SERAC, *TRAIN, requests=records(40))
+    shutil.copytree(_editor(tiny).parent, tmp_path / "run")
+    # As if the driver had been killed after its first checkpoint.
+    shutil.rmtree(tmp_path / "run" / "editor")
+    lines = (tmp_path / "run" / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "manifest.jsonl").write_text("".join(lines[:2]))
+    run_training(spec)
+    again = load_file(tmp_path / "run" / "editor" / "editor.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_batch_is_remembered_and_the_weights_stay(tiny: TinyJobs, tmp_path: Path) -> None:
+    result = run_batch_edit(_spec(tiny, tmp_path / "run"))
+    run = read(result.path)
+    assert statuses(run) == {"applied": 12}
+    memory = by_case(run)
+    wanted = [record["requested_rewrite"] for record in records(12)]
+    assert memory["case_id"].to_pylist() == sorted(str(i) for i in range(12))
+    wanted = [wanted[int(case_id)] for case_id in memory["case_id"].to_pylist()]
+    assert memory["prompt"].to_pylist() == [
+        one["prompt"].replace("{}", one["subject"]) for one in wanted
+    ]
+    assert memory["target"].to_pylist() == [one["target_new"]["str"] for one in wanted]
+    (update,) = run.updates()
+    adapter = read_update(update)[1]
+    expected = torch.tensor(run.memory()["embedding"].to_pylist())
+    assert torch.equal(adapter.parts["embeddings"], expected)
+    write_report([result.path])
+    # What no edit holds has the unedited model's scores, to the bit.
+    rows = run.metrics().sort_by([("case_id", "ascending"), ("probe_index", "ascending")])
+    rounds = [
+        [row for row in rows.to_pylist() if row["round"] == round and row["probe"] == probe]
+        for round in (-1, 0)
+        for probe in ("rewrite", "neighborhood")
+    ]
+    same = [
+        [one["nll_new"] == other["nll_new"] for one, other in zip(before, after, strict=True)]
+        for before, after in ((rounds[0], rounds[2]), (rounds[1], rounds[3]))
+    ]
+    assert not any(same[0])
+    assert all(same[1]) or any(same[1])
+
+
+def test_rounds_add_up_to_the_batch_and_can_be_gone_on_with(tiny: TinyJobs, tmp_path: Path) -> None:
+    study = read(run_sequential(_spec(tiny, tmp_path / "study", ROUNDS)).path)
+    assert statuses(study) == {"applied": 12}
+    whole = _bits(study)
+    batch = read(run_batch_edit(_spec(tiny, tmp_path / "batch")).path)
+    texts = ["case_id", "prompt", "target"]
+    assert by_case(study).select(texts).equals(by_case(batch).select(texts))
+    both = [torch.tensor(by_case(run)["embedding"].to_pylist()) for run in (study, batch)]
+    torch.testing.assert_close(*both)
+    # Killed in the second round, before its change was written.
+    lines = (study.path / "manifest.jsonl").read_text().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if "memory/round-00001" in line)
+    (study.path / "manifest.jsonl").write_text("".join(lines[: place + 1]))
+    assert _bits(read(run_sequential(_spec(tiny, study.path, ROUNDS)).path)) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(1500)
+def test_ray_gives_the_bits_of_one_process(tiny: TinyJobs, tmp_path: Path, local_ray: None) -> None:
+    alone = read(run_batch_edit(_spec(tiny, tmp_path / "alone")).path)
+    spec = _spec(tiny, tmp_path / "ray", "cluster.engine=ray", "cluster.workers=2")
+    assert _bits(read(run_batch_edit(spec).path)) == _bits(alone)
+
+
+def test_an_export_answers_as_the_run_was_scored(tiny: TinyJobs, tmp_path: Path) -> None:
+    spec = _spec(tiny, tmp_path / "run", "evaluation.generate=true", "evaluation.generate_tokens=4")
+    run = read(run_batch_edit(spec).path)
+    export_model(run.path, tmp_path / "out")
+    served = load_serac(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    rows = [
+        row for row in run.metrics().to_pylist() if row["round"] == 0 and row["probe"] == "rewrite"
+    ]
+    for row in rows[:4]:
+        given = served.tokenizer(row["prompt"], return_tensors="pt")
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        ids = served.generate(given["input_ids"], given["attention_mask"], **options)
+        new = ids[0, given["input_ids"].shape[1] :]
+        assert served.tokenizer.decode(new, skip_special_tokens=True) == row["generated"]
+    far = served.tokenizer("Because it is old", return_tensors="pt")
+    served.router.memory.remove([str(i) for i in range(12)])
+    with torch.no_grad():
+        assert torch.equal(served(**far).logits, base(**far).logits)
+    with pytest.raises(InputError, match="load_serac"):
+        apply_updates(load_model(spec.model, torch.device("cpu")), run.path)
+
+
+def test_wrong_settings_are_refused(tiny: TinyJobs, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is for \[0\], not \[0, 1\]; leave them out"):
+        run_batch_edit(_spec(tiny, tmp_path / "a", "method.layers=[0, 1]"))
+    with pytest.raises(InputError, match="serac edits no layer; leave them out"):
+        run_training(tiny.spec(tmp_path / "a", *SERAC, *TRAIN, "method.layers=[0, 1]"))
+    with pytest.raises(InputError, match="wrappers: serac changes no weight"):
+        run_batch_edit(_spec(tiny, tmp_path / "b", "method.wrappers=[rect]"))
+    with pytest.raises(InputError, match="it is 8 in the editor"):
+        run_batch_edit(_spec(tiny, tmp_path / "c", "method.serac.embedding_size=9"))
+    with pytest.raises(InputError, match="9 are to be copied, and the model has 4"):
+        run_training(tiny.spec(tmp_path / "d", *SERAC, *TRAIN, "method.serac.classifier_blocks=9"))
+    assert not list(tmp_path.iterdir())
