@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model, layer = work.model, work.model.num_blocks - 1
     edits = tokenize_edits(work.tokenizer, work.requests, ("{}",))
     queries = _queries(work, arguments, layer)
-    settings, weights = PatchSettings(), EditedWeights(model, (layer,))
+    settings, weights = PatchSettings(steps=arguments.steps), EditedWeights(model, (layer,))
 
     def train(some: Sequence[EditPrompts]) -> list[PatchedEdit]:
         before = [adapter.parts["queries"] for _, adapter in weights.adapters]
@@ -114,6 +114,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser("T-Patcher's seconds an edit, and its memory of queries.", edits=48)
     made.add_argument("--corpus", required=True, help="texts whose queries are remembered")
     made.add_argument("--queries", type=int, default=40_000, help="remembered queries")
+    made.add_argument("--steps", type=int, default=2000, help="steps of an edit at most")
     made.add_argument("--alone", type=int, default=16, help="edits that are also made one by one")
     return made.parse_args(argv)
 
