@@ -37,7 +37,7 @@ class ModuleLearner(Learner):
         with torch.set_grad_enabled(learns):
             measures = self.losses(items)
             gradients = gradients_of(measures["loss"], self.module) if learns else {}
-        found = {name: float(measure) for name, measure in measures.items()}
+        found = {name: float(measure.detach()) for name, measure in measures.items()}
         return Contribution(len(items), found, gradients)
 
 
