@@ -20,8 +20,6 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BloomConfig,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from pipeline.cli import main
@@ -212,9 +210,6 @@ def test_architectures_that_are_not_covered(cli: Cli, spec: Path, tmp_path: Path
                 is_decoder=True,
             )
         ),
-        "t5": T5ForConditionalGeneration(
-            T5Config(vocab_size=400, d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8)
-        ),
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
@@ -377,7 +372,7 @@ def test_a_study_prints_a_line_a_scored_round(cli: Cli, spec: Path, tmp_path: Pa
     rows = [line.strip("│").split("│") for line in result.out.splitlines() if line[:1] == "│"]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert [row[:2] for row in cells] == [["unedited", "10"], ["0", "5"], ["1", "5"]]
-    assert all(len(row) == 8 and all(row[2:6]) and row[7] for row in cells)
+    assert all(len(row) == 9 and all(row[2:7]) and row[8] for row in cells)
     assert "10 applied, 0 rejected" in result.out
     assert result.out.splitlines()[-1] == f"run directory: {tmp_path / 'out'}"
     again = cli("summary", tmp_path / "out")
@@ -398,7 +393,7 @@ def test_a_comparison_prints_a_line_a_study(cli: Cli, spec: Path, tmp_path: Path
     rows = [line.strip("│").split("│") for line in result.out.splitlines() if line[:1] == "│"]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert [row[:3] for row in cells] == [["memit", "1", "5"], ["E", "1", "5"]]
-    assert all(len(row) == 9 and all(row) for row in cells)
+    assert all(len(row) == 10 and all(row) for row in cells)
     runs = [tmp_path / "out" / label for label in ("memit", "E")]
     last = [line for line in result.out.splitlines() if line.startswith("run directory: ")]
     assert last == [f"run directory: {run}" for run in runs]

@@ -40,6 +40,7 @@ def test_columns_are_the_public_contract() -> None:
         "difference_loss least_activation greatest_memory target_probability seconds",
         "assessment": "round case_id relation_id subject prompt object contrasts probability "
         "contrastive score is_held",
+        "memory": "round case_id prompt target embedding",
         "harness": "round task metric filter unedited unedited_stderr edited edited_stderr "
         "higher_is_better count documents num_fewshot version lm_eval_version",
     }
