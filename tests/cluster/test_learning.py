@@ -324,8 +324,8 @@ WORLD: dict[str, dict[str, dict[str, Any]]] = {
 def test_editors_of_the_embedded_world_learn_and_edit_facts_they_have_not_seen(
     tmp_path: Path, name: str
 ) -> None:
-    """Trained on 360 facts, measured on 40; then others are edited, 20 at once by malmen, one by the
-    others, which learn single edits."""
+    """Trained on 360 facts, measured on 40; then others are edited, 20 at once by malmen, one by
+    the others, which learn single edits."""
     cluster = {"engine": "in_process"}
     content: dict[str, Any] = {
         "requests": {"limit": 400},
