@@ -42,8 +42,8 @@ one). Merging is in float64; its share is of that rate, which on processors is h
 decodes token by token and is a guess, and so are gradients and attributions until a run of theirs
 is timed.
 """
-CALL_SECONDS = 0.05
-"""A call to a worker beyond its arithmetic: tokenising, sending, storing: 0.03 to 0.1."""
+CALL_SECONDS = 0.03
+"""A call to a worker beyond its arithmetic: tokenising, sending, storing: 0.01 to 0.1."""
 START_SECONDS = {"ray": 15.0, "in_process": 1.0}
 """Starting Ray with two workers on a quiet machine took 14.7 to 17.7 s, imports mostly."""
 LOAD_BYTES_PER_SECOND = 1e9

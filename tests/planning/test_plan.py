@@ -40,7 +40,7 @@ def test_what_an_estimate_follows(tiny: TinyJobs, tmp_path: Path) -> None:
     slow = make_estimate(plan, rate=1e6, steps=5, workers=(1, 2, 8))
     fast = make_estimate(plan, rate=1e8, steps=5, workers=(1,))
     longer = make_estimate(plan, rate=1e6, steps=10, workers=(1,))
-    calls = 4 * 0.05  # four shards
+    calls = 4 * 0.03  # four shards
     assert slow.seconds[1]["values"] - calls == pytest.approx(
         100 * (fast.seconds[1]["values"] - calls)
     )
