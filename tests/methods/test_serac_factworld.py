@@ -67,10 +67,9 @@ def test_it_writes_facts_that_it_was_not_trained_on(
     with capsys.disabled():
         print("\nSERAC on the embedded model, exact:", scores)
     assert scores["batch"]["rewrite"] >= 0.95 and scores["study"]["rewrite"] >= 0.95
-    metrics = batch.metrics()
-    locality = metrics.filter(pc.equal(metrics["probe"], "locality"))
-    unchanged = locality["unchanged"].drop_null()
-    assert pc.mean(unchanged.cast("float64")).as_py() >= 0.5
+    # What is printed of `locality` asks for the subject's other fact, half of which are taken for
+    # the edited one.
+    assert scores["batch"]["neighborhood"] >= 0.95 and scores["study"]["neighborhood"] >= 0.95
     export_model(batch.path, tmp_path / "out")
     served = load_serac(tmp_path / "out")
     right = 0
