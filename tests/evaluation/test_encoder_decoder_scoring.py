@@ -42,7 +42,8 @@ def _plain(model: EncoderDecoderModel, probe: Probe) -> Score:
     )
     success = None
     if new and true:
-        success = (true.nll < new.nll) == (probe.kind == "neighborhood")
+        wins, loses = (true, new) if probe.kind == "neighborhood" else (new, true)
+        success = wins.nll < loses.nll
     wanted = true if probe.kind in ("neighborhood", "locality") else new
     assert wanted is not None
     return Score(new and new.nll, true and true.nll, success, wanted.exact)
