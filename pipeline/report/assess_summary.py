@@ -42,35 +42,55 @@ class AssessSummary(_Part):
     assessment: Assessment
 
 
+def check_assess(summary: dict[str, Any]) -> AssessSummary:
+    """Check what summary.json of an assessment holds.
+
+    Raises:
+        ResultsDamagedError: it is another thing.
+    """
+    return check_recorded(summary, AssessSummary, "summary.json")
+
+
 def assess_tables(summary: dict[str, Any]) -> RenderableType:
     """Facts that the model holds, of all and of each relation, those it holds least first.
 
     Raises:
         ResultsDamagedError: it is not an assessment's summary.
     """
-    found = check_recorded(summary, AssessSummary, "summary.json")
+    found = check_assess(summary)
     all_facts = found.assessment
     table = Table(title=f"{escape(one_line(found.name))}: facts that the model holds")
     for name in ("relation", "facts", "held", "wrong", "held, %"):
         table.add_column(name, justify="left" if name == "relation" else "right")
-    ordered = sorted(all_facts.relations.items(), key=lambda pair: (_share(pair[1]), pair[0]))
+    ordered = by_share(all_facts)
     for name, relation in ordered[:_SHOWN]:
-        table.add_row(escape(one_line(name)) or "(none)", *_cells(relation))
+        table.add_row(escape(one_line(name)) or "(none)", *cells(relation))
     if len(ordered) > _SHOWN:
         table.add_row(f"{len(ordered) - _SHOWN} more")
     table.add_section()
-    table.add_row("all", *_cells(all_facts))
+    table.add_row("all", *cells(all_facts))
     counts = ", ".join(f"{count} {status}" for status, count in found.requests.items() if count)
-    said = f"requests: {counts}; held is a ratio above {all_facts.threshold:g}"
-    if all_facts.median_score is not None:
-        said += f"; the median ratio is {all_facts.median_score:.3g}"
-    return Group(table, Text(one_line(said)))
+    return Group(table, Text(one_line(f"requests: {counts}; {held_said(all_facts)}")))
+
+
+def held_said(found: Assessment) -> str:
+    """What held means, and the median, in a sentence."""
+    said = f"held is a ratio above {found.threshold:g}"
+    if found.median_score is not None:
+        said += f"; the median ratio is {found.median_score:.3g}"
+    return said
+
+
+def by_share(found: Assessment) -> list[tuple[str, AssessedRelation]]:
+    """The relations, those of which the model holds least first."""
+    return sorted(found.relations.items(), key=lambda pair: (_share(pair[1]), pair[0]))
 
 
 def _share(relation: AssessedRelation) -> float:
     return relation.held / max(1, relation.facts)
 
 
-def _cells(relation: AssessedRelation) -> tuple[str, str, str, str]:
+def cells(relation: AssessedRelation) -> tuple[str, str, str, str]:
+    """Facts, those held, those not, and the share that is held in per cent, as text."""
     wrong = relation.facts - relation.held
     return str(relation.facts), str(relation.held), str(wrong), f"{100 * _share(relation):.1f}"

@@ -1,10 +1,8 @@
-"""The figure and tables of an editor's training."""
+"""The figure of an editor's training."""
 
 from typing import TYPE_CHECKING
 
 from pipeline.report.style import Picture, draw, legend_below, line_style, panels, whole_numbers
-from pipeline.report.tables import Table
-from pipeline.report.training_summary import TrainingSummary
 from pipeline.results.reading import Run
 
 if TYPE_CHECKING:
@@ -53,16 +51,3 @@ def curves(run: Run) -> Picture | None:
     caption = "Training, step by step; a step's loss is that before it."
     alt = f"Loss: {losses[0]:.3g} at first, {losses[-1]:.3g} at last"
     return draw("training", caption, alt, paint, 0.6 + 2.3 * -(-len(shown) // 2))
-
-
-def requests_table(found: TrainingSummary) -> Table:
-    """What became of the requests."""
-    row = tuple(str(count) for count in found.requests.values())
-    return Table("Requests", tuple(found.requests), [row], frozenset(range(len(row))))
-
-
-def settings_table(settings: dict[str, str]) -> Table:
-    """The settings that a training has a use for."""
-    groups = ("name", "model.", "requests.", "method.", "train.", "cluster.", "seed")
-    rows = [(name, value) for name, value in settings.items() if name.startswith(groups)]
-    return Table("Settings as resolved", ("setting", "value"), rows)

@@ -138,13 +138,6 @@ def requests_table(found: TraceSummary) -> Table:
     return Table("Requests by status", head, [row], frozenset(range(1, len(head))))
 
 
-def settings_table(settings: dict[str, str]) -> Table:
-    """The settings that tracing has a use for."""
-    groups = ("name", "model.", "requests.", "trace.", "cluster.", "seed")
-    rows = [(name, value) for name, value in settings.items() if name.startswith(groups)]
-    return Table("Settings as resolved", ("setting", "value"), rows)
-
-
 def _fact(number: int, case: str, table: Any) -> Picture:
     columns = {name: table[name].to_pylist() for name in table.column_names}
     kinds = list(dict.fromkeys(columns["kind"]))[:3]

@@ -26,6 +26,17 @@ from pipeline.results.seconds import RoundSeconds, read_seconds
 
 PROBLEMS_SHOWN = 50
 
+PATCH_MEASURES = {
+    "patches": "patches",
+    "steps": "steps",
+    "edit_loss": "loss of the edit, nats a target token",
+    "target_probability": "probability of the new object",
+    "least_activation": "least inner value at its own token",
+    "greatest_memory": "greatest inner value at a watched query",
+    "seconds": "seconds",
+}
+"""Columns of patches/ that a report shows, and what it calls them."""
+
 Floats = NDArray[np.float64]
 
 
@@ -88,6 +99,7 @@ class Findings:
         values: columns of values/ as float64, not a number where there is none.
         training: columns of training/ as float64.
         neurons: columns of neurons/ as float64.
+        patches: columns of patches/ as float64.
         problems: the first requests that were not applied, as rows of edits/.
         neighbours: None where they were not scored before and after.
         estimate: what it was planned to take; None without a plan.
@@ -107,6 +119,7 @@ class Findings:
     values: dict[str, Floats]
     training: dict[str, Floats]
     neurons: dict[str, Floats]
+    patches: dict[str, Floats]
     problems: list[dict[str, Any]]
     neighbours: Neighbours | None
     estimate: Estimate | None
@@ -164,6 +177,7 @@ def find(run: Run) -> Findings:
         norms=norms,
         values=_values(run),
         neurons=_columns(run, "neurons", ["layer", "is_edited"]),
+        patches=_columns(run, "patches", [*PATCH_MEASURES]),
         training=_columns(run, "training", ["round", "epoch", "step", "edits", "loss"]),
         problems=_problems(run),
         neighbours=worst_neighbours(run, last) if last >= 0 and not apart else None,
@@ -176,7 +190,7 @@ def find(run: Run) -> Findings:
 def _whole_rounds(run: Run) -> list[int]:
     """The rounds of a run under way whose scores are all there: edits/ is written after them."""
     rounds = set(read_columns(run, "edits", ["round"])["round"].to_pylist())
-    firsts: tuple[TableKind, ...] = ("values", "training", "attributions", "memory")
+    firsts: tuple[TableKind, ...] = ("values", "training", "attributions", "patches", "memory")
     is_past_baseline = any(run.files(kind) for kind in firsts)
     return sorted(rounds | ({-1} if is_past_baseline else set()))
 

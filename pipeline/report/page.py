@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.places import below, located
 from pipeline.printable import one_line
 from pipeline.report import (
+    figures_assess,
     figures_learning,
     figures_model,
     figures_neurons,
@@ -25,6 +26,7 @@ from pipeline.report import (
     tables_compared,
 )
 from pipeline.report.arms import Arm, arms, method_name
+from pipeline.report.assess_summary import check_assess, held_said
 from pipeline.report.benchmarks import benchmarks
 from pipeline.report.findings import Findings, find, settings_of
 from pipeline.report.status import headline
@@ -107,13 +109,8 @@ def write_page(title: str, every: Iterable[Section], place: str | Path) -> Path 
 
 
 def _content(runs: Sequence[Run]) -> tuple[str, Iterator[Section]]:
-    """Title and sections: of editing runs side by side, or of one trace or training."""
+    """Title and sections: of editing runs side by side, or of one job that edits nothing."""
     for run in runs:
-        if _has_group(run, "assess"):
-            raise InputError(
-                f"{run.place} is an assessment of facts, which has no report; `editfleet summary`"
-                " shows it, and assessment/ holds its rows"
-            )
         for group, (what, made) in _ALONE.items():
             if not _has_group(run, group):
                 continue
@@ -141,8 +138,7 @@ def _trace_sections(run: Run) -> Iterator[Section]:
         [proposal_said(found.trace.proposal)],
     )
     yield Section("facts", "Single facts", figures_trace.facts(run))
-    settings = figures_trace.settings_table(settings_of(run))
-    yield Section("settings", "Settings", tables=[settings])
+    yield _own_settings(run, "trace")
 
 
 def _training_sections(run: Run) -> Iterator[Section]:
@@ -151,17 +147,35 @@ def _training_sections(run: Run) -> Iterator[Section]:
         "summary",
         "Training of an editor",
         [figures_learning.curves(run)],
-        [figures_learning.requests_table(found)],
+        [tables.request_counts(found.requests)],
         [validation_said(found.training)],
     )
-    settings = figures_learning.settings_table(settings_of(run))
-    yield Section("settings", "Settings", tables=[settings])
+    yield _own_settings(run, "train", "method")
+
+
+def _assess_sections(run: Run) -> Iterator[Section]:
+    found = check_assess(run.summary)
+    yield Section(
+        "summary",
+        "Facts that the model holds",
+        [figures_assess.ratios(run, found.assessment)],
+        [figures_assess.relations_table(found.assessment), tables.request_counts(found.requests)],
+        [held_said(found.assessment)],
+    )
+    yield Section("facts", "Facts that it does not hold", tables=[figures_assess.least_held(run)])
+    yield _own_settings(run, "assess")
+
+
+def _own_settings(run: Run, *groups: str) -> Section:
+    chosen = tables.settings_of_groups(settings_of(run), groups)
+    return Section("settings", "Settings", tables=[chosen])
 
 
 # Jobs that edit nothing: the group of settings that makes them, and their page.
 _ALONE: dict[str, tuple[str, Callable[[Run], Iterator[Section]]]] = {
     "trace": ("a causal trace", _trace_sections),
     "train": ("the training of an editor", _training_sections),
+    "assess": ("an assessment of facts", _assess_sections),
 }
 
 
@@ -232,6 +246,7 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Figure], Sequence[_Table]]] = (
         [tables.value_search],
     ),
     ("neurons", "Neurons", [figures_neurons.by_layer], []),
+    ("patches", "Patches", [], [tables.patches]),
     ("training", "Training", [figures_training.loss_by_epoch], []),
     (
         "time",

@@ -9,7 +9,7 @@ from pipeline.evaluation.metrics import SCORES, exact_of
 from pipeline.report.figures_scores import SCORE_NAMES
 from pipeline.report.figures_search import search_measures
 from pipeline.report.figures_time import growth, phases_of
-from pipeline.report.findings import PROBLEMS_SHOWN, Findings
+from pipeline.report.findings import PATCH_MEASURES, PROBLEMS_SHOWN, Findings, Floats
 
 Labelled = Sequence[tuple[str, Findings]]
 _Score = dict[str, float]
@@ -68,6 +68,12 @@ def requests(labelled: Labelled) -> Table:
     return Table("Requests by status", head, rows, frozenset(range(1, len(head))))
 
 
+def request_counts(counts: dict[str, int]) -> Table:
+    """What became of the requests of a job that edits nothing."""
+    row = tuple(str(count) for count in counts.values())
+    return Table("Requests", tuple(counts), [row], frozenset(range(len(row))))
+
+
 def ages(labelled: Labelled) -> Table | None:
     """Scores by the age of the edit; None without a study."""
     rows = [
@@ -108,17 +114,36 @@ def updates(labelled: Labelled) -> Table | None:
 
 def value_search(labelled: Labelled) -> Table | None:
     """Percentiles of how the searches ended; None without values."""
+    found = [(label, search_measures(findings)) for label, findings in labelled]
+    return _percentiles("How the value searches ended", "values", found)
+
+
+def patches(labelled: Labelled) -> Table | None:
+    """Percentiles of how the patches of edits ended; None without patches."""
+    found = [(label, _patch_measures(findings.patches)) for label, findings in labelled]
+    return _percentiles("How the training of patches ended, an edit", "edits", found)
+
+
+def _patch_measures(patches: dict[str, Floats]) -> dict[str, Floats]:
+    return {title: patches[name] for name, title in PATCH_MEASURES.items()}
+
+
+def _percentiles(
+    caption: str, counted: str, found: Sequence[tuple[str, dict[str, Floats]]]
+) -> Table | None:
+    """A row a run and measure; numbers that are not finite are left out."""
     rows = []
-    for label, findings in labelled:
-        for name, column in search_measures(findings).items():
+    for label, measures in found:
+        for name, every in measures.items():
+            column = every[np.isfinite(every)]
             if column.size:
                 low, middle, high = np.percentile(column, [5, 50, 95])
                 numbers = (low, middle, high, column.max())
                 rows.append((label, name, str(column.size), *(f"{n:.4g}" for n in numbers)))
     if not rows:
         return None
-    head = ("run", "measure", "values", "5th percentile", "median", "95th percentile", "greatest")
-    return Table("How the value searches ended", head, rows, frozenset(range(2, 7)))
+    head = ("run", "measure", counted, "5th percentile", "median", "95th percentile", "greatest")
+    return Table(caption, head, rows, frozenset(range(2, 7)))
 
 
 def seconds(labelled: Labelled) -> Table | None:
@@ -247,3 +272,15 @@ def _nats(value: float | None) -> str:
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
+
+
+def settings_of_groups(found: dict[str, str], groups: Sequence[str]) -> Table:
+    """The settings that a job has a use for that edits nothing: its own groups, and what it reads.
+
+    Args:
+        found: the resolved spec, dotted names to text.
+        groups: the groups that make the job, such as `trace`.
+    """
+    used = ("name", "model.", "requests.", *(f"{group}." for group in groups), "cluster.", "seed")
+    rows = [(name, value) for name, value in found.items() if name.startswith(used)]
+    return Table("Settings as resolved", ("setting", "value"), rows)

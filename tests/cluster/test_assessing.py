@@ -115,8 +115,13 @@ def test_an_assessment_finds_what_is_held(tiny: TinyJobs, tmp_path: Path) -> Non
     assert sum(of["facts"] for of in found["relations"].values()) == 12
     again = run_assess(_spec(tiny, tmp_path / "run"))
     assert again.summary == result.summary
-    with pytest.raises(InputError, match="is an assessment of facts"):
-        write_report([result.path])
+    page = Path(write_report([result.path])).read_text(encoding="utf-8")
+    assert (result.path / "report" / "ratios.svg").exists() and "Facts by relation" in page
+    wrong = [row for row in rows if not row["is_held"]]
+    assert ("Facts that are not held" in page) == bool(wrong)
+    assert all(f"<bdi>{row['case_id']}</bdi></th>" in page for row in wrong)
+    with pytest.raises(InputError, match="an assessment of facts; report on it alone"):
+        write_report([result.path, result.path], tmp_path / "both")
     said = CliRunner().invoke(app, ["summary", str(result.path)])
     assert said.exit_code == 0 and "facts that the model holds" in said.output
 
