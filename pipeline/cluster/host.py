@@ -15,6 +15,7 @@ from pipeline.spec import JobSpec, MethodSpec
 _NOT_EDITING = frozenset(
     {
         "describe",
+        "prepare",
         "generate_contexts",
         "set_contexts",
         "set_anchor_norm",

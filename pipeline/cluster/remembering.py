@@ -1,5 +1,6 @@
 """A round of a method that keeps edits in a memory: workers make rows, which are the change."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from pipeline.requests import EditRequest
 from pipeline.results.schemas import SCHEMAS
 from pipeline.results.store import RunStore
 from pipeline.results.updates import read_update, write_update
+
+log = logging.getLogger(__name__)
 
 # Edits embedded at once; a round is one piece of work, so that its rows are one part.
 EDITS_OF_A_PIECE = 256
@@ -46,7 +49,7 @@ class Remembering:
             The requests that failed, case_id -> reason.
 
         Raises:
-            JobFailedError: no request can be remembered.
+            JobFailedError: not one of several requests can be remembered.
         """
         is_held = self.store.has_part("memory", round, 0)
         total = len(requests)
@@ -77,11 +80,14 @@ class Remembering:
             ticker.advance(len(outcome.shard.items))
         whole = [SCHEMAS["memory"].empty_table(), *(tables[index] for index in sorted(tables))]
         rows = pa.concat_tables(whole)
-        if not rows.num_rows:
+        if not rows.num_rows and len(requests) > 1:
             reason = next(iter(failed.values()))
             raise JobFailedError(
                 f"no request can be remembered; the first reason: {reason}; see {self.store.place}"
             )
+        if not rows.num_rows:
+            # Where rounds are single edits, one that fails is no reason to end the study.
+            log.warning("round %d: no request can be remembered; its change is empty", round)
         self.store.write_part(
             "memory", rows, round=round, shard=0, weight_version=version, failed=failed
         )

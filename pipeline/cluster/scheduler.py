@@ -167,6 +167,10 @@ class Scheduler:
         (found,) = self._insist(method, lambda: [self._roster.anyone()], args, kwargs)
         return found
 
+    def prepare(self) -> None:
+        """Let every worker, and those that come later, load what the method uses beside models."""
+        self._tell("prepare")
+
     def set_contexts(self, contexts: tuple[str, ...]) -> None:
         """Hand the context templates to every worker, and to those that come later."""
         self._tell("set_contexts", contexts)
@@ -179,10 +183,10 @@ class Scheduler:
         """Hand remembered queries to every worker, and to those that replace them."""
         self._tell("set_queries", queries)
 
-    def _tell(self, method: str, value: Any) -> None:
-        self._told.append(lambda: (method, (value,), {}))
+    def _tell(self, method: str, *args: Any) -> None:
+        self._told.append(lambda: (method, args, {}))
         self._roster.remember(self._told[-1])
-        self.broadcast(method, value)
+        self.broadcast(method, *args)
 
     def apply(self, layer: int, update: Change, reload: Callable[[], Change] | None = None) -> None:
         """Bring an update or an adapter to every worker: one put, then one version up everywhere.

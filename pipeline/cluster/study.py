@@ -116,6 +116,8 @@ class Study:
         """Reads like the picture in docs/design.md."""
         worker: WorkerDescription = self.scheduler.call("describe")
         require_own_editor(self.plan.spec.method, worker.fingerprint)
+        if self.plan.spec.method.is_memory:
+            self.scheduler.prepare()
         covariances = self._covariances(worker)
         store = self._begin(worker, covariances)
         if self.plan.spec.evaluation.baseline:

@@ -313,6 +313,11 @@ class EditWorker:
         self._waves.clear()
         self._laid_out.clear()
 
+    def prepare(self) -> None:
+        """Load what a method with a memory uses beside the model."""
+        assert isinstance(self.method, MemoryMethod), "the method has no memory"
+        self.method.prepare(self.model, self.tokenizer)
+
     def remember(self, requests: Sequence[EditRequest], *, version: int, round: int) -> pa.Table:
         """What a method with a memory keeps of some edits; rows of memory/."""
         self._require(version)

@@ -36,6 +36,15 @@ _MAX_TOKENS = 2048
 class MemoryMethod(Method):
     """A method whose rounds add to a memory beside the model, and are made of requests alone."""
 
+    def prepare(self, model: EditableModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Load what is used beside the model, so that no edit has to wait for it.
+
+        Raises:
+            InputError: it does not fit the model, or is another than when it was trained.
+            ResultsDamagedError: it is damaged.
+        """
+        raise NotImplementedError
+
     def remember(
         self,
         model: EditableModel,
@@ -43,11 +52,15 @@ class MemoryMethod(Method):
         requests: Sequence[EditRequest],
         round: int,
     ) -> list[dict[str, Any]]:
-        """Rows of memory/, one a request."""
+        """Rows of memory/, one a request.
+
+        Raises:
+            InputError: a request cannot be remembered; which one is found by asking for fewer.
+        """
         raise NotImplementedError
 
     def change(self, rows: Sequence[dict[str, Any]]) -> Change:
-        """The round's change, of its rows."""
+        """The round's change, of its rows, which may be none."""
         raise NotImplementedError
 
 
@@ -67,6 +80,9 @@ class Serac(MemoryMethod):
             self._router = model, make_router(editor, own)
         return self._router[1]
 
+    def prepare(self, model: EditableModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.router(model, tokenizer)
+
     def remember(
         self,
         model: EditableModel,
@@ -76,7 +92,9 @@ class Serac(MemoryMethod):
     ) -> list[dict[str, Any]]:
         entries = [MemoryEntry(r.case_id, r.text, r.target_new) for r in requests]
         editor = self.router(model, tokenizer).editor
-        found = editor.embed_edits(entries, _MAX_TOKENS).tolist()
+        embedded = editor.embed_edits(entries, _MAX_TOKENS)
+        if not bool(embedded.isfinite().all()):
+            raise InputError("its embedding is not finite")
         return [
             {
                 "round": round,
@@ -85,12 +103,13 @@ class Serac(MemoryMethod):
                 "target": entry.target,
                 "embedding": embedding,
             }
-            for entry, embedding in zip(entries, found, strict=True)
+            for entry, embedding in zip(entries, embedded.tolist(), strict=True)
         ]
 
     def change(self, rows: Sequence[dict[str, Any]]) -> MemoryAdapter:
         entries = [MemoryEntry(row["case_id"], row["prompt"], row["target"]) for row in rows]
-        return MemoryAdapter.of(entries, torch.tensor([row["embedding"] for row in rows]))
+        embeddings = [torch.tensor(row["embedding"]) for row in rows]
+        return MemoryAdapter.of(entries, torch.stack(embeddings) if rows else torch.zeros(0, 0))
 
     def bound(
         self, change: Change, model: EditableModel, tokenizer: PreTrainedTokenizerBase

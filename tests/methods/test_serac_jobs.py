@@ -16,9 +16,11 @@ from pipeline import (
     load_serac,
     run_batch_edit,
     run_sequential,
+    run_survey,
 )
 from pipeline.cluster.learning import run_training
 from pipeline.errors import InputError
+from pipeline.evaluation.survey import SHARES
 from pipeline.models.loading import load_model
 from pipeline.report.page import write_report
 from pipeline.results import Run, read
@@ -37,6 +39,7 @@ TRAIN = (
     " validate_every: 2, validation: 0.2}",
 )
 ROUNDS = "rounds={size: 5, evaluate: [current]}"
+SINGLE = "rounds={size: 1, rollback: true, evaluate_every: 1, evaluate: [current]}"
 KEEP = "output.on_divergence=keep"  # the editor is hardly trained
 
 
@@ -121,6 +124,75 @@ def test_rounds_add_up_to_the_batch_and_can_be_gone_on_with(tiny: TinyJobs, tmp_
     place = next(i for i, line in enumerate(lines) if "memory/round-00001" in line)
     (study.path / "manifest.jsonl").write_text("".join(lines[: place + 1]))
     assert _bits(read(run_sequential(_spec(tiny, study.path, ROUNDS)).path)) == whole
+
+
+def _rows_of(run: Run, case_id: str) -> list[dict[str, Any]]:
+    order = [("probe", "ascending"), ("probe_index", "ascending")]
+    rows = run.metrics().sort_by(order).drop_columns(["round", "edit_round"]).to_pylist()
+    return [row for row in rows if row["case_id"] == case_id]
+
+
+def test_a_single_edit_is_alone_in_the_memory(tiny: TinyJobs, tmp_path: Path) -> None:
+    plain, five = (KEEP, "evaluation.baseline=false"), records(5)
+    spec = _spec(tiny, tmp_path / "study", SINGLE, *plain, requests=five)
+    study = read(run_sequential(spec).path)
+    round_of = {row["case_id"]: row["round"] for row in study.edits().to_pylist()}
+    assert statuses(study) == {"applied": 5}
+    for number in (0, 3):
+        one = _spec(tiny, tmp_path / str(number), *plain, requests=[five[number]])
+        alone = read(run_batch_edit(one).path)
+        found = _rows_of(study, str(number))
+        assert found and found == _rows_of(alone, str(number))
+        export_model(study.path, tmp_path / f"out-{number}", round=round_of[str(number)])
+        held = load_serac(tmp_path / f"out-{number}").router.memory
+        assert [entry.key for entry in held] == [str(number)]
+    # All five together answer some probe otherwise: the edits were not there at the same time.
+    batch = read(run_batch_edit(_spec(tiny, tmp_path / "batch", *plain, requests=five)).path)
+    both = [[_rows_of(run, str(i)) for i in range(5)] for run in (study, batch)]
+    assert both[0] != both[1]
+    whole = _bits(study)
+    # Killed in the third round, when it had been remembered and not been scored.
+    lines = (study.path / "manifest.jsonl").read_text().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if "updates/round-00002" in line)
+    (study.path / "manifest.jsonl").write_text("".join(lines[: place + 1]))
+    assert _bits(read(run_sequential(spec).path)) == whole
+
+
+def test_a_single_edit_that_cannot_be_remembered_fails_alone(
+    tiny: TinyJobs, tmp_path: Path
+) -> None:
+    broken = f"model.path={tiny.broken_model()}"
+    run_training(tiny.spec(tmp_path / "train", *SERAC, *TRAIN, broken, requests=records(40)))
+    editor = f"method.serac.editor={tmp_path / 'train' / 'editor'}"
+    asked = records(3)
+    asked[1]["requested_rewrite"]["subject"] = "Жук"
+    changes = (*SERAC, editor, broken, KEEP, SINGLE, "evaluation.baseline=false")
+    run = read(run_sequential(tiny.spec(tmp_path / "run", *changes, requests=asked)).path)
+    edits = {row["case_id"]: row for row in run.edits().to_pylist()}
+    assert {case: row["status"] for case, row in edits.items()} == {
+        "0": "applied", "1": "failed", "2": "applied",
+    }  # fmt: skip
+    assert "its embedding is not finite" in edits["1"]["reason"]
+    assert sorted(run.memory()["case_id"].to_pylist()) == ["0", "2"]
+
+
+def test_a_survey_has_all_its_cells(tiny: TinyJobs, tmp_path: Path) -> None:
+    editors = f"survey.editors=[{{name: serac, serac: {{editor: {_editor(tiny)}}}}}]"
+    sizes = ("survey.single.facts=3", "survey.batch.sizes=[1, 4]")
+    sizes += ("survey.sequence={sizes: [2, 4], rounds_of: 2}",)
+    spec = tiny.spec(tmp_path / "survey", *SERAC[1:3], editors, *sizes, requests=records(9))
+    result = run_survey(spec)
+    rows = result.table.to_pylist()
+    assert {row["status"] for row in rows} == {"done"} and not result.failed
+    found = {(row["setting"], row["edits"], row["measure"]): row["value"] for row in rows}
+    costs = [cell for cell in found if cell[2] in ("seconds", "wall_seconds", "memory")]
+    assert {cell[:2] for cell in costs} == {("single", 3), ("batch", 1), ("batch", 4),
+                                            ("sequence", 4)}  # fmt: skip
+    assert all(found[cell] > 0 for cell in costs)
+    # The memory knows no order: after its last round a sequence is the batch.
+    for measure in SHARES:
+        assert found["sequence", 4, measure] == found["batch", 4, measure]
+    assert run_survey(spec).table.equals(result.table)
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from pipeline.models.editable import EditableModel
 class MemoryAdapter(Adapter):
     """M edits with their embeddings.
 
-    Its parts are embeddings (M, E) and texts, the bytes of a JSON list of [key, prompt, target].
+    Its parts are embeddings (M, E), (0, 0) where there is no edit, and texts, the bytes of a JSON
+    list of [key, prompt, target].
 
     Attributes:
         router: the trained models that it is used with; it is not stored, and without it the
@@ -41,7 +42,8 @@ class MemoryAdapter(Adapter):
     @classmethod
     def joined(cls, increments: Sequence[Self]) -> Self:
         entries = [entry for one in increments for entry in one.entries]
-        both = cls.of(entries, torch.cat([one.parts["embeddings"] for one in increments]))
+        found = [one.parts["embeddings"] for one in increments if one.entries]
+        both = cls.of(entries, torch.cat(found) if found else torch.zeros(0, 0))
         return cls(both.parts, both.settings, increments[-1].router)
 
     @cached_property
@@ -83,5 +85,7 @@ class MemoryAdapter(Adapter):
     def misfit(self, model: EditableModel, layer: int) -> str | None:
         if self.router is None:
             return "an edit memory needs its trained models; load it with pipeline.load_serac"
+        if not self.entries:
+            return None
         width, size = self.parts["embeddings"].shape[1], self.router.editor.encoder.size
         return None if width == size else f"its embeddings have {width} entries, not {size}"

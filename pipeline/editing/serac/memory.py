@@ -131,7 +131,8 @@ class EditMemory:
         wanted = {entry.key for entry in entries}
         self.remove([entry.key for entry in self if entry.key not in wanted])
         new = [place for place, entry in enumerate(entries) if entry.key not in self]
-        self.add([entries[place] for place in new], embeddings_ME[new])
+        if new:
+            self.add([entries[place] for place in new], embeddings_ME[new])
 
     def remove(self, keys: Iterable[str]) -> None:
         """Forget edits; queries are answered as if they had never been there.
