@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.methods import build_adapter_method, build_gradient_method
 from pipeline.models.editable import resolve_device
 from pipeline.models.loading import load_tokenizer
+from pipeline.planning.edit_memory import EditMemorySize
 from pipeline.planning.memory import batch_size, estimate_memory, local_workers, update_bytes
 from pipeline.planning.outline import ModelOutline, outline
 from pipeline.planning.rates import crossing_seconds, makespan, rate_as_busy
@@ -87,6 +88,8 @@ def make_estimate(
         moved = _moved_in_locating(plan, model)
     elif spec.method.is_piecewise:
         moved = _moved_adapters(plan, model, edits)
+    elif spec.method.is_memory:
+        moved = _moved_memories(plan, model, edits)
     elif spec.method.is_closed_form:
         moved = _moved(plan, model, len(work.covariance.shards))
     else:
@@ -170,17 +173,27 @@ def _seconds(
 ) -> dict[str, float]:
     """Phase -> seconds with so many workers, each on processors of its own."""
 
+    rolls_back = plan.spec.rolls_back
+
     def phase(rounds: Sequence[Pieces], share: float) -> float:
+        # Rounds that are rolled back do not wait for one another.
+        together = (
+            [sum((piece.shards for piece in rounds), ())]
+            if rolls_back
+            else [piece.shards for piece in rounds]
+        )
         return sum(
-            makespan([flops / (rate * share) + CALL_SECONDS for flops in piece.shards], workers)
-            for piece in rounds
+            makespan([flops / (rate * share) + CALL_SECONDS for flops in shards], workers)
+            for shards in together
         )
 
     if reducer_rate is None:
         threads = min(_MERGE_THREADS, plan.spec.cluster.reducer_threads)
         reducer_rate = rate / plan.spec.cluster.cpus_per_worker * threads * _DOUBLE_SHARE
-    merge = work.merge / (reducer_rate * EFFICIENCY["merge"])
-    apply = work.apply / (rate * _DOUBLE_SHARE * EFFICIENCY["merge"])
+    # Then every worker has a reducer of its own, and applies the updates of its own rounds.
+    lanes = min(workers, len(plan.rounds.shards)) if rolls_back else 1
+    merge = work.merge / (reducer_rate * EFFICIENCY["merge"]) / lanes
+    apply = work.apply / (rate * _DOUBLE_SHARE * EFFICIENCY["merge"]) / lanes
     crossing = crossing_seconds(moved.keys, moved.updates, workers, bytes_per_second)
     weights = model.num_parameters * model.dtype.itemsize
     found = {"start": START_SECONDS[plan.spec.cluster.engine] + weights / LOAD_BYTES_PER_SECOND}
@@ -192,8 +205,11 @@ def _seconds(
             found[name] += phase(work.generated[name], EFFICIENCY["generation"])
     if work.general:
         found["general"] = phase(work.general, EFFICIENCY["general"])
-    if work.memory.shards:
-        found["memory"] = phase([work.memory], EFFICIENCY["covariance"])
+    if work.memory:
+        found["memory"] = phase(work.memory, EFFICIENCY["covariance"])
+    if plan.spec.method.is_memory:
+        found["memory"] += crossing
+        return {name: found[name] for name in _ORDER if name in found}
     if work.gradients:
         found["training"] = phase(work.gradients, EFFICIENCY["gradients"]) + crossing
         return {name: found[name] for name in _ORDER if name in found}
@@ -292,6 +308,24 @@ def _moved_adapters(plan: Plan, model: ModelOutline, edits: Sequence[EditPrompts
     )
 
 
+def _moved_memories(plan: Plan, model: ModelOutline, edits: Sequence[EditPrompts]) -> Transfer:
+    """Of a method with a memory: `values` are its rows, `updates` what makes them known."""
+    size = _memory_bytes(plan, model, edits)
+    return Transfer(
+        values=size,
+        keys=0,
+        updates=size,
+        metrics=_num_scored(plan) * _METRICS_ROW_BYTES,
+        covariance=0,
+    )
+
+
+def _memory_bytes(plan: Plan, model: ModelOutline, edits: Sequence[EditPrompts]) -> int:
+    """Of all edits of a job."""
+    beside = EditMemorySize.of(plan.spec.method.serac, model, edits)
+    return plan.num_requests * beside.edit_bytes
+
+
 def _neuron_bytes(plan: Plan, model: ModelOutline) -> int:
     """Bytes of updates: two factors, a column and a row a neuron, as if all facts were alike."""
     entries = max(model.key_size(layer) for layer in plan.layers) + model.hidden_size
@@ -320,6 +354,9 @@ def _stored(plan: Plan, model: ModelOutline, edits: Sequence[EditPrompts]) -> di
     if plan.spec.method.is_piecewise:
         size = _patch_bytes(plan, model, edits)
         return {**found, "update": size, "piece": size}
+    if plan.spec.method.is_memory:
+        size = _memory_bytes(plan, model, edits)
+        return {**found, "memory": size, "update": size}
     if plan.spec.method.name == "calinet":
         matrices = 3 if plan.spec.method.calinet.gated else 2
         slots = plan.spec.method.calinet.slots * len(rounds) * len(sizes)

@@ -12,6 +12,7 @@ from pipeline.editing.memory import free_bytes, value_bytes, value_parts
 from pipeline.methods import build_adapter_method
 from pipeline.models.editable import resolve_device
 from pipeline.models.placement import Part, parts_of
+from pipeline.planning.edit_memory import EditMemorySize
 from pipeline.planning.outline import ModelOutline
 from pipeline.prompts import CONTEXT_SEEDS, CONTEXT_TOKENS, EditPrompts, Row
 from pipeline.results.planned import Memory, at_its_peak
@@ -27,6 +28,7 @@ _REQUEST_BYTES = 8000
 """A request with its dozen probes as Python objects, texts and all; an assumption."""
 _WIDE, _DOUBLE = 4, 8
 _EDITED = "copies of edited weights"
+_OF_VALUES = ("activations of a value batch", "hidden states and keys")
 
 
 def estimate_memory(
@@ -67,6 +69,13 @@ def estimate_memory(
     if plan.spec.method.is_piecewise:
         queries = build_adapter_method(plan.spec.method).num_queries
         worker["remembered queries"] = queries * d * _WIDE
+    if plan.spec.method.is_memory:
+        # No value is searched, no weight changes.
+        beside = EditMemorySize.of(plan.spec.method.serac, model, edits)
+        worker = {name: size for name, size in worker.items() if name not in _OF_VALUES}
+        worker[_EDITED] = 0
+        worker["models of the memory"] = beside.weight_bytes
+        worker["edits in the memory"] = plan.num_requests * beside.edit_bytes
     if computes_covariance:
         worker["covariance sums"] = sum(size * size for size in sizes) * _DOUBLE
     gpus = plan.spec.cluster.gpus_per_worker

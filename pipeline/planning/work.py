@@ -4,7 +4,7 @@ A few hundred requests and probes are tokenised and stand for all of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.cluster.covariance import AMPLE_TOKENS_PER_KEY_ENTRY, text_shards
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.plan import Plan, cut_probes
+from pipeline.cluster.remembering import EDITS_OF_A_PIECE as EDITS_REMEMBERED_AT_ONCE
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.training import EDITS_OF_A_PIECE
-from pipeline.errors import InputError
 from pipeline.evaluation.packing import Layout, encode_probes
 from pipeline.evaluation.probes import Probe
 from pipeline.methods import build_adapter_method, build_gradient_method, build_method
 from pipeline.models.answers import AnswerForm
+from pipeline.planning.edit_memory import EditMemorySize
 from pipeline.planning.flops import (
     ModelSize,
     attribution_flops,
@@ -87,13 +88,14 @@ class Work:
         gradients: of every step of every round, of a method that works on them; of every round's
             pieces, of one that makes adapters.
         attribution: of every round, of a method that looks for neurons.
-        memory: one pass over the texts whose queries are remembered.
+        memory: one pass over the texts whose queries are remembered; of a method with a memory,
+            of every round what is put into it.
     """
 
-    values: tuple[Pieces, ...]
-    keys: tuple[Pieces, ...]
-    merge: float
-    apply: float
+    values: tuple[Pieces, ...] = ()
+    keys: tuple[Pieces, ...] = ()
+    merge: float = 0.0
+    apply: float = 0.0
     scored: dict[str, tuple[Pieces, ...]] = field(default_factory=dict)
     generated: dict[str, tuple[Pieces, ...]] = field(default_factory=dict)
     general: tuple[Pieces, ...] = ()
@@ -102,7 +104,7 @@ class Work:
     steps: float = 0.0
     gradients: tuple[Pieces, ...] = ()
     attribution: tuple[Pieces, ...] = ()
-    memory: Pieces = Pieces(())
+    memory: tuple[Pieces, ...] = ()
 
 
 def count_work(
@@ -127,10 +129,7 @@ def count_work(
     if plan.spec.method.is_piecewise:
         return _adapter_work(plan, model, size, tokenizer, edits)
     if plan.spec.method.is_memory:
-        raise InputError(
-            f"method.name: the time that {plan.spec.method.name} takes cannot be estimated; its"
-            " rounds are one pass of a small model over the edits"
-        )
+        return _memory_work(plan, model, size, tokenizer, edits)
     if not plan.spec.method.is_closed_form:
         return _gradient_work(plan, model, size, tokenizer, edits)
     taken, stages = [steps] * len(edits), plan.stages
@@ -150,16 +149,13 @@ def count_work(
         for key_size in sizes.values():
             merge += reduce_flops(edits_of_round, key_size, model.hidden_size)
             apply += _apply_flops(edits_of_round, key_size, model.hidden_size)
-    scored, generated = _evaluation(plan, model, size, tokenizer)
     covariance, tokens = _covariance(plan.spec, model, size, tokenizer)
-    return Work(
+    return replace(
+        _evaluation(plan, model, size, tokenizer),
         values=_pieces(of_value, counts),
         keys=_pieces(of_key, counts),
         merge=merge,
         apply=apply,
-        scored=scored,
-        generated=generated,
-        general=_general(plan, size, tokenizer),
         covariance=covariance,
         covariance_tokens=tokens,
         steps=steps,
@@ -187,15 +183,8 @@ def _gradient_work(
             for batch in method.batches(items)
         ]
         steps += epoch * method.epochs
-    scored, generated = _evaluation(plan, model, size, tokenizer)
-    return Work(
-        values=(),
-        keys=(),
-        merge=0.0,
-        apply=0.0,
-        scored=scored,
-        generated=generated,
-        general=_general(plan, size, tokenizer),
+    return replace(
+        _evaluation(plan, model, size, tokenizer),
         steps=method.epochs,
         gradients=tuple(steps),
     )
@@ -223,15 +212,8 @@ def _attribution_work(
     ]
     of_fact = attribution_flops(size, facts, plan.layers, asked.steps) / len(facts)
     counts = [[len(shard.items) for shard in shards] for shards in plan.rounds.shards]
-    scored, generated = _evaluation(plan, model, size, tokenizer)
-    return Work(
-        values=(),
-        keys=(),
-        merge=0.0,
-        apply=0.0,
-        scored=scored,
-        generated=generated,
-        general=_general(plan, size, tokenizer),
+    return replace(
+        _evaluation(plan, model, size, tokenizer),
         steps=asked.steps,
         attribution=_pieces([of_fact], counts),
     )
@@ -254,18 +236,29 @@ def _adapter_work(
     rounds = [[r for shard in shards for r in shard.items] for shards in plan.rounds.shards]
     cut = [cut_shards(items, method.edits_of_a_piece) for items in rounds]
     counts = [[len(piece.items) for piece in pieces] for pieces in cut]
-    scored, generated = _evaluation(plan, model, size, tokenizer)
-    return Work(
-        values=(),
-        keys=(),
-        merge=0.0,
-        apply=0.0,
-        scored=scored,
-        generated=generated,
-        general=_general(plan, size, tokenizer),
+    return replace(
+        _evaluation(plan, model, size, tokenizer),
         steps=steps,
         gradients=_pieces([total / len(edits)], counts),
-        memory=Pieces((2.0 * size.up_to(layer) * method.num_queries,)),
+        memory=(Pieces((2.0 * size.up_to(layer) * method.num_queries,)),),
+    )
+
+
+def _memory_work(
+    plan: Plan,
+    model: ModelOutline,
+    size: ModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[EditPrompts],
+) -> Work:
+    """What a plan of SERAC computes."""
+    beside = EditMemorySize.of(plan.spec.method.serac, model, edits)
+    rounds = [[r for shard in shards for r in shard.items] for shards in plan.rounds.shards]
+    cut = [cut_shards(items, EDITS_REMEMBERED_AT_ONCE) for items in rounds]
+    counts = [[len(piece.items) for piece in pieces] for pieces in cut]
+    return replace(
+        _evaluation(plan, model, size, tokenizer, beside),
+        memory=_pieces([beside.embedding_flops], counts),
     )
 
 
@@ -306,28 +299,50 @@ def _apply_flops(edits: int, key_size: int, hidden_size: int) -> float:
 
 
 def _evaluation(
-    plan: Plan, model: ModelOutline, size: ModelSize, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, tuple[Pieces, ...]], dict[str, tuple[Pieces, ...]]]:
-    """FLOP of scoring and of continuing, of the baseline and of every evaluated round."""
+    plan: Plan,
+    model: ModelOutline,
+    size: ModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    beside: EditMemorySize | None = None,
+) -> Work:
+    """What is scored, continued and measured, of the baseline and of every evaluated round.
+
+    Args:
+        beside: the memory that the edited model's prompts are looked up in.
+    """
     rounds = {"evaluation": list(plan.rounds.evaluated)}
     if plan.spec.evaluation.baseline:
         rounds = {"baseline": [BASELINE_ROUND], **rounds}
     probes = {r: plan.rounds.probes(r) for numbers in rounds.values() for r in numbers}
-    largest = max(probes.values(), key=len, default=[])
-    if not largest:
-        return {}, {}
-    scored, continued = _probe_costs(plan.spec, model.answers, size, tokenizer, largest)
+    general = _general(plan, size, tokenizer)
+    sample = _sampled_probes(max(probes.values(), key=len, default=[]))
+    if not sample:
+        return Work(general=general)
+    scored, continued = _probe_costs(plan.spec, model.answers, size, tokenizer, sample)
+    looked_up = 0.0 if beside is None else beside.lookup_flops(sample, tokenizer) / len(sample)
 
-    def pieces(each: float) -> dict[str, tuple[Pieces, ...]]:
+    def pieces(each: float, more: float = 0.0) -> dict[str, tuple[Pieces, ...]]:
+        of_one = {"baseline": each, "evaluation": each + more}
         return {
             name: tuple(
-                Pieces(tuple(each * len(shard.items) for shard in cut_probes(probes[r])))
+                Pieces(tuple(of_one[name] * len(shard.items) for shard in cut_probes(probes[r])))
                 for r in numbers
             )
             for name, numbers in rounds.items()
         }
 
-    return pieces(scored), pieces(continued) if continued else {}
+    generated = pieces(continued) if continued else {}
+    return Work(scored=pieces(scored, looked_up), generated=generated, general=general)
+
+
+def _sampled_probes(probes: Sequence[Probe]) -> list[Probe]:
+    """Whole shards: within one, a prompt that several edits share is scored once."""
+    sample: list[Probe] = []
+    for shard in evenly(cut_probes(probes), 8):
+        sample += list(shard.items)
+        if len(sample) >= _SAMPLED_PROBES:
+            break
+    return sample
 
 
 def _probe_costs(
@@ -335,15 +350,10 @@ def _probe_costs(
     answers: AnswerForm,
     size: ModelSize,
     tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[Probe],
+    sample: Sequence[Probe],
 ) -> tuple[float, float]:
     """Mean FLOP of scoring a probe, and of continuing it where the spec asks for that."""
-    settings, sample = spec.evaluation, []
-    for shard in evenly(cut_probes(probes), 8):
-        # Whole shards: within one, a prompt that several edits share is scored once.
-        sample += list(shard.items)
-        if len(sample) >= _SAMPLED_PROBES:
-            break
+    settings = spec.evaluation
     asked = [probe for probe in sample if probe.kind != "generation"]
     flops = 0.0
     if asked:

@@ -19,13 +19,18 @@ from pipeline import (
     run_survey,
 )
 from pipeline.cluster.learning import run_training
+from pipeline.cluster.plan import make_plan
 from pipeline.errors import InputError
 from pipeline.evaluation.survey import SHARES
-from pipeline.models.loading import load_model
+from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.planning.estimate import CALL_SECONDS, EFFICIENCY, make_estimate
+from pipeline.planning.flops import ModelSize
+from pipeline.planning.outline import outline
 from pipeline.report.page import write_report
 from pipeline.results import Run, read
+from pipeline.results.planned import Estimate
 from pipeline.results.updates import read_update
-from pipeline.spec import JobSpec
+from pipeline.spec import JobSpec, ModelSpec
 from tests.tiny_jobs import TinyJobs, digests, records, statuses
 
 SERAC = (
@@ -151,9 +156,9 @@ def test_a_single_edit_is_alone_in_the_memory(tiny: TinyJobs, tmp_path: Path) ->
     both = [[_rows_of(run, str(i)) for i in range(5)] for run in (study, batch)]
     assert both[0] != both[1]
     whole = _bits(study)
-    # Killed in the third round, when it had been remembered and not been scored.
+    # Killed in the third round, when it had been remembered.
     lines = (study.path / "manifest.jsonl").read_text().splitlines(keepends=True)
-    place = next(i for i, line in enumerate(lines) if "updates/round-00002" in line)
+    place = next(i for i, line in enumerate(lines) if "memory/round-00002" in line)
     (study.path / "manifest.jsonl").write_text("".join(lines[: place + 1]))
     assert _bits(read(run_sequential(spec).path)) == whole
 
@@ -178,7 +183,7 @@ def test_a_single_edit_that_cannot_be_remembered_fails_alone(
 
 def test_a_survey_has_all_its_cells(tiny: TinyJobs, tmp_path: Path) -> None:
     editors = f"survey.editors=[{{name: serac, serac: {{editor: {_editor(tiny)}}}}}]"
-    sizes = ("survey.single.facts=3", "survey.batch.sizes=[1, 4]")
+    sizes = ("survey.single.facts=2", "survey.batch.sizes=[4]")
     sizes += ("survey.sequence={sizes: [2, 4], rounds_of: 2}",)
     spec = tiny.spec(tmp_path / "survey", *SERAC[1:3], editors, *sizes, requests=records(9))
     result = run_survey(spec)
@@ -193,6 +198,34 @@ def test_a_survey_has_all_its_cells(tiny: TinyJobs, tmp_path: Path) -> None:
     for measure in SHARES:
         assert found["sequence", 4, measure] == found["batch", 4, measure]
     assert run_survey(spec).table.equals(result.table)
+
+
+def test_it_is_planned_by_the_calls_of_its_models(tiny: TinyJobs, tmp_path: Path) -> None:
+    def found(*changes: str, count: int = 12) -> Estimate:
+        spec = _spec(tiny, tmp_path / "run", *changes, requests=records(count))
+        return make_estimate(make_plan(spec), rate=1e5, workers=(1, 2))
+
+    twelve, six = found(), found(count=6)
+    assert set(twelve.seconds[1]) == {"start", "baseline", "memory", "evaluation"}
+    # A memory has its classifier's pass over every edit, in one call.
+    model = outline(ModelSpec(path=str(tiny.model()), dtype="float32"), device=torch.device("cpu"))
+    tokenizer = load_tokenizer(ModelSpec(path=str(tiny.model())))
+    tokens = [
+        len(tokenizer(text)["input_ids"])
+        for record in records(12)
+        for one in (record["requested_rewrite"],)
+        for text in (f"{one['prompt'].replace('{}', one['subject'])} {one['target_new']['str']}",)
+    ]
+    flops = 2 * sum(ModelSize.of(model).blocks[:2]) * sum(tokens)
+    expected = flops / (1e5 * EFFICIENCY["covariance"]) + CALL_SECONDS
+    assert twelve.seconds[1]["memory"] == pytest.approx(expected, rel=0.01)
+    # The unedited model is asked without a memory, the edited one with it.
+    assert twelve.seconds[1]["evaluation"] > 1.5 * twelve.seconds[1]["baseline"]
+    assert twelve.stored["memory"] == 2 * six.stored["memory"] == twelve.moved.updates
+    assert twelve.memory.worker["copies of edited weights"] == 0
+    # Rounds that are rolled back are made side by side.
+    apart = found(SINGLE)
+    assert apart.seconds[2]["memory"] == pytest.approx(apart.seconds[1]["memory"] / 2, rel=0.1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,108 @@
+"""What an edit memory beside a model costs (SERAC): embedding edits, looking up, answering by h.
+
+A prompt that is asked of the edited model is embedded by the classifier, whoever answers it; those
+of rewrites and paraphrases are taken to be in an edit's scope, and h reads them behind an edit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from pipeline.evaluation.probes import Probe
+from pipeline.models.loading import load_config
+from pipeline.planning.flops import ModelSize, scoring_flops
+from pipeline.planning.outline import ModelOutline, outline
+from pipeline.prompts import EditPrompts, token_ids
+from pipeline.spec import ModelSpec
+from pipeline.spec.trained import SeracSpec
+
+IN_SCOPE = ("rewrite", "paraphrase")
+_WIDE = 4
+_TEXT_BYTES = 100
+"""Prompt, answer and name of an edit; an assumption."""
+
+
+@dataclass(frozen=True)
+class EditMemorySize:
+    """Sizes of the models beside the edited one, and tokens of an edit.
+
+    Attributes:
+        classifier: entries of the matrices that a token of a text is multiplied by.
+        answering: h.
+        embedding: entries of an embedding.
+        edit_tokens: of a prompt with its answer, on average.
+        target_tokens: of the answer alone.
+    """
+
+    classifier: int
+    answering: ModelSize
+    embedding: int
+    edit_tokens: float
+    target_tokens: float
+
+    @classmethod
+    def of(
+        cls, spec: SeracSpec, model: ModelOutline, edits: Sequence[EditPrompts]
+    ) -> "EditMemorySize":
+        """Count what a resolved spec names, or copies of the edited model.
+
+        Raises:
+            InputError: a model that is named cannot be found.
+        """
+        own = ModelSize.of(model)
+        classifier, embedding = sum(own.blocks[: spec.classifier_blocks]), spec.embedding_size
+        if spec.classifier is not None:
+            classifier, embedding = _encoder(spec.classifier)
+        answering = ModelSize(
+            own.blocks[: spec.counterfactual_blocks],
+            own.mlps[: spec.counterfactual_blocks],
+            own.downs[: spec.counterfactual_blocks],
+            own.unembedding,
+        )
+        if spec.counterfactual is not None:
+            named = ModelSpec(path=spec.counterfactual, dtype="float32")
+            answering = ModelSize.of(outline(named, device=torch.device("cpu")))
+        targets = sum(len(edit.target) for edit in edits) / len(edits)
+        prompts = sum(len(edit.rewrites[0].ids) for edit in edits) / len(edits)
+        return cls(classifier, answering, embedding, prompts + targets, targets)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of both models in float32; an embedding of tokens is counted as large as h's."""
+        entries = self.classifier + sum(self.answering.blocks) + 2 * self.answering.unembedding
+        return entries * _WIDE
+
+    @property
+    def edit_bytes(self) -> int:
+        """Of an edit in the memory, on its way, or in a run."""
+        return self.embedding * _WIDE + _TEXT_BYTES
+
+    @property
+    def embedding_flops(self) -> float:
+        """FLOP of putting an edit into the memory."""
+        return 2.0 * self.classifier * self.edit_tokens
+
+    def lookup_flops(self, probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) -> float:
+        """FLOP of asking probes beyond what the edited model takes for them."""
+        prompts = list(dict.fromkeys(probe.prompt for probe in probes))
+        lengths = dict(zip(prompts, map(len, token_ids(tokenizer, prompts)), strict=True))
+        inside = [lengths[probe.prompt] for probe in probes if probe.kind in IN_SCOPE]
+        # A probe has two answers, the new one and the old.
+        beside = self.edit_tokens + 2 * self.target_tokens
+        return 2.0 * self.classifier * sum(lengths.values()) + scoring_flops(
+            self.answering,
+            sum(inside) + beside * len(inside),
+            2 * self.target_tokens * len(inside),
+        )
+
+
+def _encoder(path: str) -> tuple[int, int]:
+    """Entries of an encoder's matrices without its embedding of tokens, and its hidden size."""
+    config = load_config(ModelSpec(path=path))
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    embedding = model.get_input_embeddings().weight.numel()
+    matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim >= 2)
+    return matrices - embedding, int(config.get_text_config().hidden_size)
