@@ -16,7 +16,6 @@ from pipeline.cli.common import (
     spec_and_way,
 )
 from pipeline.cli.ending import leave, log_to_trackers, write_reports
-from pipeline.errors import InputError
 from pipeline.printable import one_line
 from pipeline.signals import raising_stopped
 from pipeline.spec import JobSpec, load_spec
@@ -222,44 +221,52 @@ def plan(
 ) -> None:
     """Say what a job edits, and estimate its time, memory and bytes moved; no weights are loaded.
 
-    A spec with `compare` is planned study by study. Exits with 1 where a worker has less memory
-    than it needs (docs/plan.md).
+    A spec with `compare` is planned study by study, one with `survey` cell by cell. Exits with 1
+    where a worker has less memory than it needs (docs/plan.md).
     """
     from pipeline.cluster.plan import make_plan
+    from pipeline.cluster.survey import plan_survey
     from pipeline.planning.estimate import make_estimates, worker_counts
     from pipeline.planning.memory import side_by_side, worker_share
     from pipeline.report.plan import comparison_seconds, plan_tables, shortage
+    from pipeline.report.survey_plan import largest_memory, planned, survey_tables
     from pipeline.results.planned import write_estimate
+    from pipeline.spec.cells import survey_cells
     from pipeline.spec.variants import variants
 
     console = make_console()
     job = load_spec(spec, overrides)
-    if job.survey is not None:
-        raise InputError("survey: it has no plan of its own; plan a spec of one of its cells")
     rate, reducer_rate = (
         None if given is None else given * 1e9 for given in (gflops, reducer_gflops)
     )
-    found = [make_plan(one) for one in ([job] if job.compare is None else variants(job))]
-    counts = worker_counts(found[0].spec)
+    entries = [] if job.survey is None else plan_survey(survey_cells(job))
+    if job.survey is None:
+        found = [make_plan(one) for one in ([job] if job.compare is None else variants(job))]
+    else:
+        found = [entry.plan for entry in entries if entry.plan is not None]
     estimates = make_estimates(
         found,
         rate=rate,
         reducer_rate=reducer_rate,
         steps=steps,
         gigabits=gigabits,
-        workers=counts,
+        workers=worker_counts(found[0].spec),
     )
     for study, estimate in zip(found, estimates, strict=True):
         if job.compare is not None:
             print_line(console, f"study {study.spec.run_path.name}")
-        console.print(plan_tables(study, estimate))
+        if job.survey is None:
+            console.print(plan_tables(study, estimate))
         if save:
             print_line(console, f"plan: {write_estimate(study.spec.place, estimate)}")
+    memory = side_by_side([estimate.memory for estimate in estimates])
     if job.compare is not None:
         print_line(console, "seconds of all studies side by side, at most, by workers:")
         names = [study.spec.run_path.name for study in found]
         console.print(comparison_seconds(dict(zip(names, estimates, strict=True))))
-    memory = side_by_side([estimate.memory for estimate in estimates])
+    if job.survey is not None:
+        console.print(survey_tables(planned(entries, estimates)))
+        memory = largest_memory(estimates)
     has = worker_share(found[0].spec) if worker_memory is None else worker_memory * 1e9
     if has is not None and (problem := shortage(memory, has)):
         typer.echo(one_line(f"editfleet: {problem}"), err=True)

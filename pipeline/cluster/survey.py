@@ -40,8 +40,16 @@ Status = Literal["done", "impossible", "failed"]
 
 
 @dataclass(eq=False)
-class _Entry:
-    """A cell, how it goes on, and what became of it."""
+class Entry:
+    """A cell, how it goes on, and what became of it.
+
+    Attributes:
+        cell: it.
+        plan: what it does; null where it cannot be made.
+        status: null until it has ended.
+        reason: why it is not done.
+        rows: of survey.parquet.
+    """
 
     cell: Cell
     plan: Plan | None = None
@@ -95,7 +103,7 @@ def run_survey(
         raise InputError("survey: compare and trace are other jobs; set them to null")
     if restart:
         spec = spec.at(next_free_place(spec.place))
-    entries = _plan_all(survey_cells(spec))
+    entries = plan_survey(survey_cells(spec))
     with _alone(spec):
         for _, of_model in groupby(entries, key=lambda entry: entry.cell.model):
             _make_cells(list(of_model), entries, spec, console)
@@ -137,25 +145,25 @@ class _Plans:
         return replace(self._found[key], spec=settled, settings_source=source)
 
 
-def _plan_all(cells: Sequence[Cell]) -> list[_Entry]:
-    """Plan every cell; one that cannot be made has the reason in the place of a plan.
+def plan_survey(cells: Sequence[Cell]) -> list[Entry]:
+    """Plan every cell of `survey_cells`; one that cannot be made has a reason in a plan's place.
 
     Raises:
         InputError: not one can.
     """
     plans = _Plans()
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     for cell in cells:
         try:
             entries += _planned(cell, plans)
         except InputError as error:
-            entries.append(_Entry(cell, status="impossible", reason=str(error)))
+            entries.append(Entry(cell, status="impossible", reason=str(error)))
     if all(entry.plan is None for entry in entries):
         raise InputError(f"survey: not one cell can be made; the first: {entries[0].reason}")
     return entries
 
 
-def _planned(cell: Cell, plans: _Plans) -> Iterator[_Entry]:
+def _planned(cell: Cell, plans: _Plans) -> Iterator[Entry]:
     """A cell with its plan, and the sizes apart for which there are not enough requests."""
     has = plans.of(cell.spec.model_copy(update={"rounds": None})).num_requests
     fits = cell if cell.kind == "single" else cell.limited_to(has)
@@ -163,10 +171,10 @@ def _planned(cell: Cell, plans: _Plans) -> Iterator[_Entry]:
     if fits is not None:
         plan = plans.of(fits.spec)
         check_batch(plan.spec.method, max(len(plan.rounds.requests(r)) for r in _rounds(plan)))
-        yield _Entry(fits, plan)
+        yield Entry(fits, plan)
     if left := tuple(size for size in cell.sizes if size not in sizes):
         reason = f"the data set has {has} requests that can be edited"
-        yield _Entry(replace(cell, sizes=left), status="impossible", reason=reason)
+        yield Entry(replace(cell, sizes=left), status="impossible", reason=reason)
 
 
 def _rounds(plan: Plan) -> range:
@@ -174,7 +182,7 @@ def _rounds(plan: Plan) -> range:
 
 
 def _make_cells(
-    of_model: Sequence[_Entry], entries: Sequence[_Entry], spec: JobSpec, console: Console | None
+    of_model: Sequence[Entry], entries: Sequence[Entry], spec: JobSpec, console: Console | None
 ) -> None:
     """Make the cells of one model that are left: sequences last, several of them at once."""
     assert spec.survey is not None
@@ -195,7 +203,7 @@ def _make_cells(
             entry.status, entry.reason = "failed", str(error)
         return
 
-    def make(entry: _Entry) -> None:
+    def make(entry: Entry) -> None:
         number = f"{entries.index(entry) + 1}/{len(entries)} "
         _make(entry, hosts, left.index(entry), at_once, _progress(entry, console, number))
 
@@ -209,11 +217,11 @@ def _make_cells(
 
 
 def _in_threads(
-    make: Callable[[_Entry], None],
-    left: Sequence[_Entry],
+    make: Callable[[Entry], None],
+    left: Sequence[Entry],
     at_once: int,
     hosts: Hosts,
-    entries: Sequence[_Entry],
+    entries: Sequence[Entry],
     spec: JobSpec,
 ) -> None:
     """Make cells, so many at the same time, and write the table after each.
@@ -231,11 +239,11 @@ def _in_threads(
             raise
 
 
-def _progress(entry: _Entry, console: Console | None, number: str = "") -> PhaseProgress:
+def _progress(entry: Entry, console: Console | None, number: str = "") -> PhaseProgress:
     return PhaseProgress(console, f"{number}{entry.cell.label}")
 
 
-def _look_whether_complete(entry: _Entry, plan: Plan, console: Console | None) -> None:
+def _look_whether_complete(entry: Entry, plan: Plan, console: Console | None) -> None:
     """Take a cell's rows if an earlier survey has made it.
 
     Raises:
@@ -250,7 +258,7 @@ def _look_whether_complete(entry: _Entry, plan: Plan, console: Console | None) -
             entry.rows = [*_rows_of(entry, plan)]
 
 
-def _make(entry: _Entry, hosts: Hosts, place: int, at_once: int, progress: PhaseProgress) -> None:
+def _make(entry: Entry, hosts: Hosts, place: int, at_once: int, progress: PhaseProgress) -> None:
     """Make one cell, or go on with it; what ends it early is its reason."""
     plan = entry.plan
     assert plan is not None
@@ -272,7 +280,7 @@ def _make(entry: _Entry, hosts: Hosts, place: int, at_once: int, progress: Phase
     entry.rows = [*_rows_of(entry, plan)]
 
 
-def _rows_of(entry: _Entry, plan: Plan) -> Iterator[dict[str, Any]]:
+def _rows_of(entry: Entry, plan: Plan) -> Iterator[dict[str, Any]]:
     """The rows of a cell that has ended; of a sequence that failed, of what it had reached."""
     spec = plan.spec
     begun = begun_at(spec.place)
@@ -316,14 +324,12 @@ def _failures(edits: pa.Table) -> dict[str, Any]:
     return {"measure": "failed_edits", "value": float(failed.num_rows), "reason": first}
 
 
-def _done(
-    entry: _Entry, edits: int, measured: Iterable[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+def _done(entry: Entry, edits: int, measured: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in measured:
         yield {**_described(entry, edits), "status": "done", "reason": None, **row}
 
 
-def _described(entry: _Entry, edits: int) -> dict[str, Any]:
+def _described(entry: Entry, edits: int) -> dict[str, Any]:
     """What all rows of a cell have in common."""
     cell = entry.cell
     return {
@@ -338,7 +344,7 @@ def _described(entry: _Entry, edits: int) -> dict[str, Any]:
     }
 
 
-def _write(entries: Sequence[_Entry], spec: JobSpec) -> pa.Table:
+def _write(entries: Sequence[Entry], spec: JobSpec) -> pa.Table:
     """Write what is known of all cells so far."""
     rows: list[dict[str, Any]] = []
     for entry in entries:

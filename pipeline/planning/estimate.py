@@ -1,9 +1,11 @@
 """How long a job takes, what it holds in memory and what it moves: an estimate before it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.rounds import BASELINE_ROUND
@@ -19,9 +21,10 @@ from pipeline.planning.rates import crossing_seconds, makespan, rate_as_busy
 from pipeline.planning.work import Pieces, Work, count_work, expected_steps, sample_edits
 from pipeline.prompts import EditPrompts
 from pipeline.results.planned import Estimate, Transfer
-from pipeline.spec import JobSpec
+from pipeline.spec import JobSpec, ModelSpec
 
 WORKERS = (1, 8, 64)
+Shapes = tuple[ModelOutline, PreTrainedTokenizerBase]
 
 EFFICIENCY = {
     "values": 0.45,
@@ -62,6 +65,7 @@ def make_estimate(
     steps: float | None = None,
     gigabits: float = 10.0,
     workers: Sequence[int] = WORKERS,
+    shapes: Callable[[ModelSpec, torch.device], Shapes] | None = None,
 ) -> Estimate:
     """Estimate a job without its weights.
 
@@ -73,11 +77,12 @@ def make_estimate(
         steps: steps that an edit takes; null guesses where a stop loss ends searches early.
         gigabits: Gbit/s of a node's link.
         workers: numbers of workers to estimate for; the first one sets the memory.
+        shapes: gives a model's outline and its tokenizer; null makes them.
     """
     spec, (device, _) = plan.spec, resolve_device()
     if spec.train is not None:
         raise InputError("train: trainings are not estimated; set train to null to plan an edit")
-    model, tokenizer = outline(spec.model, device=device), load_tokenizer(spec.model)
+    model, tokenizer = (shapes or _shapes)(spec.model, device)
     edits = sample_edits(plan, tokenizer, model.answers)
     taken = expected_steps(spec) if steps is None else steps
     work = count_work(plan, model, tokenizer, edits, taken)
@@ -125,6 +130,8 @@ def make_estimates(
     Args: as of `make_estimate`.
     """
     first, *others = plans
+    # The many plans of a survey are for few models.
+    shapes = lru_cache(_shapes)
     found = make_estimate(
         first,
         rate=rate,
@@ -132,6 +139,7 @@ def make_estimates(
         steps=steps,
         gigabits=gigabits,
         workers=workers,
+        shapes=shapes,
     )
     same: dict[str, Any] = {
         "rate": found.rate,
@@ -139,6 +147,7 @@ def make_estimates(
         "steps": steps,
         "gigabits": gigabits,
         "workers": workers,
+        "shapes": shapes,
     }
     source = {"rate_source": found.rate_source}
     return [found, *(make_estimate(plan, **same).model_copy(update=source) for plan in others)]
@@ -149,6 +158,10 @@ def worker_counts(spec: JobSpec) -> tuple[int, ...]:
     if spec.cluster.engine == "in_process":
         return (1,)
     return tuple(dict.fromkeys((local_workers(spec), *WORKERS)))
+
+
+def _shapes(spec: ModelSpec, device: torch.device) -> Shapes:
+    return outline(spec, device=device), load_tokenizer(spec)
 
 
 def measured_rate(spec: JobSpec, device: torch.device, dtype: torch.dtype) -> float:

@@ -15,8 +15,12 @@ from pipeline.results.planned import Estimate, Memory
 
 def plan_tables(plan: Plan, estimate: Estimate) -> RenderableType:
     """Requests, shards, seconds by workers, memory and bytes moved."""
-    return Group(*map(_said, _lines(plan, estimate)), _seconds(estimate), _memory(estimate),
-                 _moved(estimate))  # fmt: skip
+    return Group(
+        *map(said, _lines(plan, estimate)),
+        _seconds(estimate),
+        memory_table(estimate.memory),
+        _moved(estimate),
+    )
 
 
 def comparison_seconds(estimates: Mapping[str, Estimate]) -> Table:
@@ -45,15 +49,15 @@ def comparison_seconds(estimates: Mapping[str, Estimate]) -> Table:
     for workers in counts:
         table.add_column(str(workers), justify="right")
     for phase in _SHARED:
-        table.add_row(f"{phase}, once", *(_number(shared[workers][phase]) for workers in counts))
+        table.add_row(f"{phase}, once", *(number(shared[workers][phase]) for workers in counts))
     for name, seconds in own.items():
-        table.add_row(one_line(name), *(_number(seconds[workers]) for workers in counts))
+        table.add_row(one_line(name), *(number(seconds[workers]) for workers in counts))
     table.add_section()
     totals = [
         sum(shared[workers].values()) + sum(seconds[workers] for seconds in own.values())
         for workers in counts
     ]
-    table.add_row("all", *map(_number, totals))
+    table.add_row("all", *map(number, totals))
     return table
 
 
@@ -129,15 +133,15 @@ def _seconds(estimate: Estimate) -> Table:
     phases = list(next(iter(estimate.seconds.values())))
     for phase in phases:
         name = "covariance, if not there yet" if phase == "covariance" else phase
-        table.add_row(name, *(_number(found[phase]) for found in estimate.seconds.values()))
+        table.add_row(name, *(number(found[phase]) for found in estimate.seconds.values()))
     table.add_section()
     totals = {workers: sum(found.values()) for workers, found in estimate.seconds.items()}
-    table.add_row("all", *map(_number, totals.values()))
+    table.add_row("all", *map(number, totals.values()))
     return table
 
 
-def _memory(estimate: Estimate) -> Table:
-    memory = estimate.memory
+def memory_table(memory: Memory) -> Table:
+    """Bytes of a worker, the reducer and the driver, by what they are for."""
     table = Table(title="memory, estimated", title_justify="left")
     table.add_column("what")
     columns = {
@@ -171,11 +175,13 @@ def _moved(estimate: Estimate) -> Table:
     return table
 
 
-def _said(line: str) -> Text:
+def said(line: str) -> Text:
+    """A line of text with nothing in it that a terminal would act on."""
     return Text(one_line(line))
 
 
-def _number(seconds: float) -> str:
+def number(seconds: float) -> str:
+    """Seconds with as many digits as an estimate deserves."""
     return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.1f}"
 
 

@@ -190,10 +190,9 @@ def test_a_survey_has_all_its_cells(tiny: TinyJobs, tmp_path: Path) -> None:
     rows = result.table.to_pylist()
     assert {row["status"] for row in rows} == {"done"} and not result.failed
     found = {(row["setting"], row["edits"], row["measure"]): row["value"] for row in rows}
-    costs = [cell for cell in found if cell[2] in ("seconds", "wall_seconds", "memory")]
-    assert {cell[:2] for cell in costs} == {("single", 3), ("batch", 1), ("batch", 4),
-                                            ("sequence", 4)}  # fmt: skip
-    assert all(found[cell] > 0 for cell in costs)
+    cells = [("single", 2), ("batch", 4), ("sequence", 4)]
+    assert [cell[:2] for cell in found if cell[2] == "memory"] == cells
+    assert all(0 < found[*cell, "seconds"] <= found[*cell, "wall_seconds"] for cell in cells)
     # The memory knows no order: after its last round a sequence is the batch.
     for measure in SHARES:
         assert found["sequence", 4, measure] == found["batch", 4, measure]

@@ -10,17 +10,20 @@ from pipeline import load_spec, run_batch_edit
 from pipeline.cli import main
 from pipeline.cluster.comparison import run_comparison
 from pipeline.cluster.plan import make_plan
+from pipeline.cluster.survey import plan_survey
 from pipeline.errors import InputError, ResultsDamagedError
 from pipeline.models.editable import EditableModel
-from pipeline.planning.estimate import make_estimate
+from pipeline.planning.estimate import make_estimate, make_estimates
 from pipeline.planning.flops import ModelSize
 from pipeline.planning.memory import side_by_side
 from pipeline.planning.outline import outline
 from pipeline.planning.rates import crossing_seconds, rate_as_busy
 from pipeline.report.page import write_report
 from pipeline.report.plan import comparison_seconds
+from pipeline.report.survey_plan import own_seconds, planned, shared_seconds
 from pipeline.results.planned import Estimate, read_estimate, write_estimate
 from pipeline.spec import ModelSpec
+from pipeline.spec.cells import survey_cells
 from tests.tiny_jobs import TinyJobs, records
 
 CPU = torch.device("cpu")
@@ -168,3 +171,49 @@ def test_patches_are_planned_by_their_steps_and_queries(tiny: TinyJobs, tmp_path
     assert bare.seconds[1]["training"] < 0.5 * once.seconds[1]["training"]
     assert once.memory.worker["remembered queries"] == 44_000 * 32 * 4
     assert once.stored["update"] == once.stored["piece"] > 0 == once.moved.values
+
+
+def test_a_survey_is_planned_cell_by_cell(
+    tiny: TinyJobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny.settings(tmp_path / "run", requests=records(9))
+    settings["survey"] = {
+        "editors": [{}, {"name": "rome", "layers": [1]}],
+        "single": {"facts": 4},
+        "batch": {"sizes": [1, 6, 20]},
+        "sequence": {"sizes": [2, 6], "rounds_of": 2},
+    }
+    path = tiny.spec_file(tmp_path / "spec.yaml", settings)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(path), "--gflops", "1e-3", "--worker-memory", "2", "--save"])
+    out = capsys.readouterr().out
+    assert ended.value.code in (None, 0)
+    spec = load_spec(path)
+    entries = plan_survey(survey_cells(spec))
+    estimates = make_estimates(
+        [entry.plan for entry in entries if entry.plan is not None], rate=1e6, workers=(1, 2)
+    )
+    cells = planned(entries, estimates)
+    done = {entry.cell.label: estimate for entry, estimate in cells if estimate is not None}
+    assert [label.split("/", 2)[2] for label in done] == [
+        "memit/single", "memit/batch-1", "memit/batch-6", "memit/sequence",
+        "rome/single", "rome/batch-1",
+    ]  # fmt: skip
+    # A cell's estimate is that of the study that it is.
+    (single,) = [e for e in entries if e.cell.label.endswith("memit/single")]
+    assert single.plan is not None
+    alone = make_estimate(single.plan, rate=1e6, workers=(1, 2))
+    assert done[single.cell.label].seconds == alone.seconds
+    assert done[single.cell.label].seconds[2]["values"] == pytest.approx(
+        alone.seconds[1]["values"] / 2
+    )
+    kept = read_estimate(Path(single.plan.spec.place))
+    assert kept is not None and kept.seconds[1] == alone.seconds[1]
+    # What cannot be made says why; all is the cells' sum and what they share, once.
+    for what in ("rome writes one edit at a time", "memit, batch 20: the data set has 9 requests"):
+        assert what in " ".join(out.split())
+    total = shared_seconds(cells, 1)["start"] + shared_seconds(cells, 1)["covariance"]
+    total += sum(own_seconds(estimate, 1) for estimate in estimates)
+    assert shared_seconds(cells, 1)["start"] == max(e.seconds[1]["start"] for e in estimates)
+    row = next(line for line in out.splitlines()[::-1] if "all" in line and "│" in line)
+    assert float(row.split("│")[2].replace(",", "")) == pytest.approx(total, rel=0.01)
