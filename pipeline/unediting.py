@@ -1,26 +1,30 @@
 """Take named edits out of a finished run again: solve without them, from what the run keeps."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.applying import check_shapes, require_round
+from pipeline.cluster.forgetting import Forgetting
 from pipeline.cluster.plan import cut_probes
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.removal import Remainder, Removal, recorded_covariances
 from pipeline.cluster.resume import earlier_spec
 from pipeline.cluster.worker import TOKENS_PER_BATCH
-from pipeline.editing.update import EditedWeights
+from pipeline.editing.update import Change, EditedWeights
 from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.evaluation.asking import scores_of
 from pipeline.evaluation.comparing import compare, recorded_probes
 from pipeline.evaluation.metrics import Score
 from pipeline.evaluation.probes import Probe
+from pipeline.methods import build_method
 from pipeline.model_card import write_model_card
 from pipeline.models.editable import resolve_device
 from pipeline.models.encoder_decoder import editable_model
@@ -39,6 +43,7 @@ from pipeline.results.reading import Run
 from pipeline.results.remote import open_run
 from pipeline.results.store import RunStore
 from pipeline.results.updates import read_update
+from pipeline.serac_files import save_serac
 from pipeline.sources.files import writing
 from pipeline.spec import ModelSpec
 
@@ -70,11 +75,13 @@ def unedit(
 ) -> UneditResult:
     """Take edits out of a finished run: solve again without them, say what changed, save the model.
 
-    Keys and residuals of the edits that stay are those that the run measured; see docs/unedit.md
-    for when that is exact. The run itself stays as it is.
+    From a memory their entries are taken, which is exact. For other methods keys and residuals of
+    the edits that stay are those that the run measured; see docs/unedit.md for when that is exact.
+    The run itself stays as it is.
 
     Args:
-        run: the directory or URL of a finished run that kept its keys (`output.keep_keys`).
+        run: the directory or URL of a finished run that kept its keys (`output.keep_keys`) or has a
+            memory.
         case_ids: the edits to take out.
         output: where to write; must not exist, and is there whole or not at all.
         covariance: where the run's covariances are now; null is where they were.
@@ -82,8 +89,8 @@ def unedit(
         console: where to show progress; null is silent.
 
     Raises:
-        InputError: the run is not finished or kept no keys, its covariances are gone, an edit is
-            not in its weights, or the directory exists or cannot be written.
+        InputError: the run is not finished or kept no keys, its covariances or its editor are gone,
+            an edit is not in it, or the directory exists or cannot be written.
         FingerprintMismatchError: the model at the run's path is not the one that was edited.
         ResultsDamagedError: the run is damaged.
         DivergedError: what is left has no finite update.
@@ -94,15 +101,23 @@ def unedit(
     store = _finished(run)
     removal = Removal.of(store, earlier_spec(store), list(case_ids))
     source = removal.spec.model.model_copy(update={"allow_pickle": allow_pickle})
-    weights = _unedited(store, removal.layers, source)
-    remainder = Remainder(removal, weights, _covariances(removal, weights, covariance))
+    weights, tokenizer = _unedited(store, removal.layers, source), load_tokenizer(source)
+    method = build_method(removal.spec.method)
+
+    def bound(change: Change) -> Change:
+        return method.bound(change, weights.model, tokenizer)
+
+    remainder: Remainder | Forgetting
+    if removal.spec.method.is_memory:
+        remainder = Forgetting(removal, weights, bound)
+    else:
+        remainder = Remainder(removal, weights, _covariances(removal, weights, covariance))
     asked = _asked(Run(store), removal)
 
     def scores(name: str) -> list[Score]:
         return _scores(weights, tokenizer, [probe for probe, _ in asked], progress, name)
 
-    tokenizer = load_tokenizer(source)
-    norms = _apply_all(removal, weights)
+    norms = _apply_all(removal, weights, bound)
     before = scores("before")
     weights.revert()
     with progress.phase("solving", len(removal.edits) * len(removal.layers)) as ticker:
@@ -111,7 +126,7 @@ def unedit(
     table, compared = compare(asked, before, scores("after"), removal.removed)
     summary = {**_described(removal), "layers": _changes(remainder, norms), **compared}
     with writing(str(target)), whole_directory(target) as temporary:
-        save_model(weights.model.model, tokenizer, temporary / "model")
+        _save(removal, weights, tokenizer, temporary / "model")
         recorded = Run(store).recorded
         write_model_card(temporary / "model", removal.spec, recorded, removal.num_left)
         write_atomically(temporary / "unedit.parquet", to_parquet(table))
@@ -162,15 +177,31 @@ def _asked(run: Run, removal: Removal) -> list[tuple[Probe, int]]:
     return sorted(asked, key=lambda pair: pair[0].prompt)
 
 
-def _apply_all(removal: Removal, weights: EditedWeights) -> dict[int, tuple[float, float]]:
+def _apply_all(
+    removal: Removal, weights: EditedWeights, bound: Callable[[Change], Change]
+) -> dict[int, tuple[float, float]]:
     """Apply a run's own updates; layer -> norms of the weight and of all that was added to it."""
     for round in range(len(removal.edits)):
         paths = removal.store.layers("update", round)
         for layer in removal.layers:
-            update = read_update(paths[layer])[1]
+            update = bound(read_update(paths[layer])[1])
             check_shapes(weights.model, [(layer, update)], removal.store.place)
             weights.apply(layer, update)
     return {layer: weights.norms(layer) for layer in removal.layers}
+
+
+def _save(
+    removal: Removal, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Write the model without the removed edits; a memory beside the unedited one."""
+    model = weights.model.model
+    if not removal.spec.method.is_memory:
+        save_model(model, tokenizer, directory)
+        return
+    memory = removal.store.read_parts("memory")
+    gone = pc.is_in(memory["case_id"], pa.array(sorted(removal.removed)))
+    left = memory.filter(pc.invert(gone))
+    save_serac(directory, model, tokenizer, removal.spec.method.serac, left)
 
 
 def _scores(
@@ -206,7 +237,7 @@ def _where(store: RunStore) -> str:
 
 
 def _changes(
-    remainder: Remainder, norms: dict[int, tuple[float, float]]
+    remainder: Remainder | Forgetting, norms: dict[int, tuple[float, float]]
 ) -> dict[str, dict[str, float]]:
     """Layer, as text, -> how much its weight changed, relative to it and to all that was added."""
     changes = {layer: float(change.norm()) for layer, change in remainder.changes.items()}

@@ -44,8 +44,8 @@ class Removal:
         store: the run.
         spec: its spec.
         removed: case_ids.
-        edits: the case_ids of each round, in the order of its equations; with `merge`, one row of
-            these stands for all edits of a subject.
+        edits: the case_ids of each round, in the order of its equations or of its memory; with
+            `merge`, one row of equations stands for all edits of a subject.
     """
 
     store: RunStore
@@ -58,27 +58,21 @@ class Removal:
         """Check that the run holds what it takes.
 
         Raises:
-            InputError: it kept no keys, or edits are not in its weights; up to ten are named.
+            InputError: it kept no keys, or edits are not in it; up to ten are named.
         """
-        if not spec.method.is_closed_form:
+        if not (spec.method.is_closed_form or spec.method.is_memory):
             raise InputError(
                 f"{store.place}: the edits of a round by {spec.method.name} cannot be told apart;"
-                " `unedit` is for methods that solve for values (docs/methods.md)"
+                " `unedit` is for methods that solve for values or keep a memory (docs/methods.md)"
             )
         if spec.rolls_back:
             raise InputError(
                 f"{store.place}: every round was rolled back, so no model holds several edits; the"
                 " unedited model is the one without them"
             )
-        layers, edits = _layers(spec), []
-        for round in range(read_begun(store).plan.rounds):
-            kept = store.layers("keys", round)
-            if missing := [str(layer) for layer in layers if layer not in kept]:
-                raise InputError(
-                    f"{store.place} kept no keys of round {round}, layer {', '.join(missing)}, to"
-                    " solve from; make the run again with output.keep_keys: true"
-                )
-            edits.append(read_case_ids(kept[layers[0]]))
+        of_round = _remembered if spec.method.is_memory else _with_keys
+        rounds = range(read_begun(store).plan.rounds)
+        edits = [of_round(store, spec, round) for round in rounds]
         subjects = _merged_subjects(store) if "merge" in spec.method.wrappers else {}
         edits = [_with_merged(members, subjects) for members in edits]
         known = {case_id for members in edits for case_id in members}
@@ -110,8 +104,10 @@ class Removal:
         """Rounds whose updates become others.
 
         Those with an edit that goes, and after the first of these also those whose equations hold
-        its key, or whose update depends on the weights before it.
+        its key, or whose update depends on the weights before it. A memory is not solved for.
         """
+        if self.spec.method.is_memory:
+            return frozenset()
         own = {r for r, members in enumerate(self.edits) if not self.removed.isdisjoint(members)}
         if build_closed_form(self.spec.method).remembers or wraps_updates(self.spec.method):
             return frozenset(range(min(own), len(self.edits)))
@@ -259,6 +255,26 @@ def recorded_covariances(
             f" solved with; {remedy}"
         )
     return found
+
+
+def _with_keys(store: RunStore, spec: JobSpec, round: int) -> tuple[str, ...]:
+    """The edits of a round whose keys a run has kept.
+
+    Raises:
+        InputError: it kept none.
+    """
+    layers, kept = _layers(spec), store.layers("keys", round)
+    if missing := [str(layer) for layer in layers if layer not in kept]:
+        raise InputError(
+            f"{store.place} kept no keys of round {round}, layer {', '.join(missing)}, to"
+            " solve from; make the run again with output.keep_keys: true"
+        )
+    return read_case_ids(kept[layers[0]])
+
+
+def _remembered(store: RunStore, spec: JobSpec, round: int) -> tuple[str, ...]:
+    """The edits that a round has put into the memory."""
+    return tuple(store.read_parts("memory", round)["case_id"].to_pylist())
 
 
 def _merged_subjects(store: RunStore) -> dict[str, tuple[str, ...]]:

@@ -20,7 +20,9 @@ def unedit_tables(summary: dict[str, Any]) -> RenderableType:
     Args:
         summary: what `unedit.json` holds.
     """
-    parts: list[RenderableType] = [_scores(summary), _flips(summary), _layers(summary)]
+    parts: list[RenderableType] = [_scores(summary), _flips(summary)]
+    if summary["layers"]:
+        parts.append(_layers(summary))
     if worst := summary.get("others", {}).get("worst"):
         parts.append(_worst(worst))
     old = summary["removed"]["old_again"]

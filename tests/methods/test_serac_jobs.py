@@ -1,10 +1,12 @@
 """SERAC as whole jobs: trained, a batch, rounds, interrupted, exported."""
 
+import json
 import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +19,9 @@ from pipeline import (
     run_batch_edit,
     run_sequential,
     run_survey,
+    unedit,
 )
+from pipeline.cli import main
 from pipeline.cluster.learning import run_training
 from pipeline.cluster.plan import make_plan
 from pipeline.errors import InputError
@@ -225,6 +229,44 @@ def test_it_is_planned_by_the_calls_of_its_models(tiny: TinyJobs, tmp_path: Path
     # Rounds that are rolled back are made side by side.
     apart = found(SINGLE)
     assert apart.seconds[2]["memory"] == pytest.approx(apart.seconds[1]["memory"] / 2, rel=0.1)
+
+
+def test_edits_are_taken_out_of_the_memory_again(
+    tiny: TinyJobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = _spec(tiny, tmp_path / "study", ROUNDS, "rounds.evaluate_every=1")
+    study = read(run_sequential(spec).path)
+    gone = ["3", "8"]
+    with pytest.raises(SystemExit) as ended:
+        named = [part for case_id in gone for part in ("--case-id", case_id)]
+        main(["unedit", str(study.path), *named, "--output", str(tmp_path / "out")])
+    assert ended.value.code in (None, 0) and "other edits" in capsys.readouterr().out
+    kept = [record for record in records(12) if str(record["case_id"]) not in gone]
+    never = read(run_batch_edit(_spec(tiny, tmp_path / "never", requests=kept)).path)
+    expected = {
+        (row["case_id"], row["probe"], row["probe_index"]): row["nll_new"]
+        for row in never.metrics().to_pylist()
+        if row["round"] == 0
+    }
+    rows = pq.read_table(tmp_path / "out" / "unedit.parquet").to_pylist()
+    found = {
+        (row["case_id"], row["probe"], row["probe_index"]): row["nll_new_after"]
+        for row in rows
+        if not row["is_removed"]
+    }
+    assert found.keys() == expected.keys()
+    assert [found[key] for key in expected] == pytest.approx(list(expected.values()), abs=1e-5)
+    assert {row["case_id"] for row in rows if row["is_removed"]} == set(gone)
+    summary = json.loads((tmp_path / "out" / "unedit.json").read_text())
+    assert (summary["edits_left"], summary["layers"], summary["rounds_solved_again"]) == (
+        10,
+        {},
+        [],
+    )
+    held = load_serac(tmp_path / "out" / "model").router.memory
+    assert {entry.key for entry in held} == {str(record["case_id"]) for record in kept}
+    with pytest.raises(InputError, match="holds no such edits: '99'"):
+        unedit(study.path, ["99"], tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """An edit memory beside a model: SERAC's edits (arXiv 2206.06520)."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -51,6 +51,13 @@ class MemoryAdapter(Adapter):
         """The edits, in the order of their embeddings."""
         content = self.parts["texts"].numpy().tobytes()
         return [MemoryEntry(*row) for row in json.loads(content)]
+
+    def without(self, keys: Collection[str]) -> Self:
+        """The same without some edits."""
+        kept = [place for place, entry in enumerate(self.entries) if entry.key not in keys]
+        entries = [self.entries[place] for place in kept]
+        found = self.of(entries, self.parts["embeddings"][kept])
+        return replace(found, router=self.router)
 
     def attach(self, model: EditableModel, layer: int) -> Callable[[], None]:
         router = self.router
