@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.cluster import worker as worker_module
+from pipeline.cluster.calls import base as worker_module
 from pipeline.cluster.gpus import Gpus, choose, settled, visible_bytes
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.worker import EditWorker
