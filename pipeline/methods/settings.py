@@ -58,7 +58,7 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
             f" ({_shape(text_config)}); give {' and '.join(f'method.{name}' for name in needed)}"
             f"{'' if is_encoder_decoder(config) else ' (`editfleet trace` proposes layers)'}"
         )
-    method = _bare_prompt(_boundary_layers(method))
+    method = _bare_prompt(_boundary_layers(method), has_encoder=is_encoder_decoder(config))
     _check_layers(method, num_blocks(config))
     samples = spec.covariance.samples or published.get("covariance", {}).get("samples")
     corpus = spec.covariance.corpus or published.get("covariance", {}).get("corpus")
@@ -195,13 +195,14 @@ def _boundary_layers(method: MethodSpec) -> MethodSpec:
     return method.model_copy(update={"layers": (method.layers[0], method.layers[-1])})
 
 
-def _bare_prompt(method: MethodSpec) -> MethodSpec:
+def _bare_prompt(method: MethodSpec, *, has_encoder: bool) -> MethodSpec:
     """Contexts are for values; most others take the prompt alone unless they are given some.
 
-    CaliNET trains on several phrasings of a fact, and neurons are agreed on by several.
+    CaliNET trains on several phrasings of a fact, and neurons are agreed on by several. A model
+    with an encoder answers, and writes no beginnings of texts that could be contexts.
     """
     takes_contexts = method.is_closed_form or method.is_locating or method.name == "calinet"
-    if takes_contexts or method.contexts is not None:
+    if (takes_contexts and not has_encoder) or method.contexts is not None:
         return method
     return method.model_copy(update={"contexts": ("{}",)})
 
