@@ -193,12 +193,15 @@ def statuses(run: Run) -> dict[str, int]:
     return {entry["values"]: entry["counts"] for entry in counts}
 
 
+_WORK = ("gradients", "adapt", "remember", "apply", "evaluate", "contribute")
+
+
 def stopped_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End jobs in this process, as Ctrl-C does, after so many calls that edit or score."""
     submit, left = InProcessEngine.submit, [calls]
 
     def counted(self: InProcessEngine, worker: int, method: str, *a: Any, **k: Any) -> Call:
-        left[0] -= method in ("gradients", "adapt", "remember", "apply", "evaluate")
+        left[0] -= method in _WORK
         if left[0] < 0:
             raise KeyboardInterrupt
         return submit(self, worker, method, *a, **k)

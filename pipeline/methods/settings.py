@@ -46,7 +46,7 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     own = published.get("methods", {}).get(spec.method.name, {})
     general = {} if spec.method.is_adapter else published.get("method", {})
     given = _with_editor(spec.method)
-    open_ = _last_blocks(given, {**general, **own}, text_config)
+    open_ = _last_blocks(given, {**general, **own}, num_blocks(config))
     method = _merge(given, _own_layers(given, open_))
     method = _all_layers(method, num_blocks(config))
     if method.is_adapter and method.layers is None:
@@ -170,7 +170,7 @@ def _with_editor(method: MethodSpec) -> MethodSpec:
     return method.with_trained(own).model_copy(update={"layers": card.layers})
 
 
-def _last_blocks(method: MethodSpec, published: dict[str, Any], config: Any) -> dict[str, Any]:
+def _last_blocks(method: MethodSpec, published: dict[str, Any], blocks: int) -> dict[str, Any]:
     """For a method that was published on the last blocks of every model, these."""
     if method.is_memory:
         # A memory lies beside the whole model; its change needs the name of one block.
@@ -178,7 +178,6 @@ def _last_blocks(method: MethodSpec, published: dict[str, Any], config: Any) -> 
     count = _LAST_BLOCKS.get(method.name)
     if count is None:
         return published
-    blocks = int(config.num_hidden_layers)
     return {**published, "layers": list(range(max(0, blocks - count), blocks))}
 
 
