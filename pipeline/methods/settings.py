@@ -14,7 +14,7 @@ import yaml
 from pipeline.editing.values import ValueSettings
 from pipeline.editors import read_card
 from pipeline.errors import InputError
-from pipeline.models.answers import is_encoder_decoder, num_blocks
+from pipeline.models.answers import is_encoder_decoder, num_blocks, num_encoder_blocks
 from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec
 from pipeline.spec.method import ENCODER_DECODER_METHODS
 from pipeline.spec.trained import SeracSpec
@@ -59,7 +59,7 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
             f"{'' if is_encoder_decoder(config) else ' (`editfleet trace` proposes layers)'}"
         )
     method = _bare_prompt(_boundary_layers(method), has_encoder=is_encoder_decoder(config))
-    _check_layers(method, num_blocks(config))
+    _check_layers(method, config)
     samples = spec.covariance.samples or published.get("covariance", {}).get("samples")
     corpus = spec.covariance.corpus or published.get("covariance", {}).get("corpus")
     covariance = spec.covariance.model_copy(update={"samples": samples, "corpus": corpus})
@@ -211,25 +211,26 @@ def _needed(method: MethodSpec) -> list[str]:
     return ["layers", "covariance_weight"] if method.uses_covariance_weight else ["layers"]
 
 
-def _check_layers(method: MethodSpec, num_blocks: int) -> None:
+def _check_layers(method: MethodSpec, config: Any) -> None:
     assert method.layers is not None
+    blocks = num_blocks(config)
     if method.name == "rome" and len(method.layers) > 1:
         raise InputError(f"method.layers: rome edits one layer, not {list(method.layers)}")
     if method.is_memory and method.layers != (0,):
         raise InputError(f"method.layers: {method.name} edits no layer; leave them out")
     if method.name == "serac":
-        _check_copies(method.serac, num_blocks)
-    if method.layers[-1] >= num_blocks:
+        _check_copies(method.serac, config)
+    if method.layers[-1] >= blocks:
         raise InputError(
             f"method.layers: {method.layers[-1]} does not exist; the model has blocks 0 to"
-            f" {num_blocks - 1}"
+            f" {blocks - 1}"
         )
     if method.name == "t_patcher" and len(method.layers) > 1:
         raise InputError(f"method.layers: t_patcher patches one layer, not {list(method.layers)}")
-    if method.value.loss_layer not in (None, num_blocks - 1):
+    if method.value.loss_layer not in (None, blocks - 1):
         raise InputError(
             f"method.value.loss_layer: {method.value.loss_layer} is not the last block"
-            f" ({num_blocks - 1}); leave it null"
+            f" ({blocks - 1}); leave it null"
         )
 
 
@@ -238,15 +239,21 @@ def _table() -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-def _check_copies(own: SeracSpec, num_blocks: int) -> None:
+def _check_copies(own: SeracSpec, config: Any) -> None:
     """Check that the blocks exist that are copied where no model is named."""
-    for name, count in (
-        ("classifier_blocks", None if own.classifier else own.classifier_blocks),
-        ("counterfactual_blocks", None if own.counterfactual else own.counterfactual_blocks),
+    blocks = num_blocks(config)
+    read = num_encoder_blocks(config) if is_encoder_decoder(config) else blocks
+    for name, count, most in (
+        ("classifier_blocks", None if own.classifier else own.classifier_blocks, read),
+        (
+            "counterfactual_blocks",
+            None if own.counterfactual else own.counterfactual_blocks,
+            min(read, blocks),
+        ),
     ):
-        if count is not None and count > num_blocks:
+        if count is not None and count > most:
             raise InputError(
-                f"method.serac.{name}: {count} are to be copied, and the model has {num_blocks}"
+                f"method.serac.{name}: {count} are to be copied, and the model has {most}"
             )
 
 

@@ -129,9 +129,11 @@ class EncoderDecoderModel(EditableModel):
         states = bias[:, 0].expand(-1, -1, self.hidden_size)
         return DecoderMasks(bias, nothing, torch.ones_like(nothing), bias, states)
 
-    @torch.no_grad()
     def ready(self, masks: DecoderMasks) -> DecoderMasks:
-        """The same with the encoder's states, which no edit of the decoder changes."""
+        """The same with the encoder's states, which no edit of the decoder changes.
+
+        They have a graph where the encoder's parameters are trained.
+        """
         if masks.states is not None:
             return masks
         output = self.encoder(input_ids=masks.source_ids, attention_mask=masks.source_real)
