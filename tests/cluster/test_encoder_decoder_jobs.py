@@ -96,7 +96,7 @@ def test_a_batch_is_tuned_scored_saved_and_taken_back(
         (
             ["method={name: memit, layers: [1]}"],
             r"method.name: memit edits decoder-only models, and .* is an encoder-decoder model;"
-            r" take one of calinet, ft, t_patcher, ultraedit$",
+            r" take one of calinet, ft, ke, malmen, mend, serac, t_patcher, ultraedit$",
         ),
         (["method={name: rome, layers: [1]}"], "method.name: rome edits decoder-only models"),
         (["method={name: kn}"], "method.name: kn edits decoder-only models"),
