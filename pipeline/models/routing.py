@@ -143,8 +143,9 @@ class RoutedLogits(LogitsProcessor):
     def _answered(self, numbers: Sequence[int], new: Tensor) -> Tensor:
         """The same of a second model whose encoder reads the prompts, which it does once."""
         model, count = self._routes.model, len(new)
-        new = new.to(model.input_device)
-        ids = torch.cat([new.new_full((count, 1), model.answers.start), new], dim=1)
+        start, new = model.answers.start, new.to(model.input_device)
+        assert start is not None, "a decoder's answers have one"
+        ids = torch.cat([new.new_full((count, 1), start), new], dim=1)
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         sources = [self._rows[number] for number in numbers]
         lengths = torch.full((count,), ids.shape[1], device=ids.device)

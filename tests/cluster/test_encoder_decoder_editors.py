@@ -227,6 +227,19 @@ def test_a_training_goes_on_to_the_same_editor(
     assert editors[0].read_bytes() == editors[1].read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_workers_give_the_bits_of_one_process(
+    jobs: Jobs, tmp_path: Path, local_ray: None, method: str
+) -> None:
+    cluster = "cluster={engine: ray, workers: 2, shard_size: 2, reducer_threads: 1}"
+    # ke makes one edit at a time.
+    size = "rounds.size=1" if method == "ke" else "rounds.size=3"
+    here = run_sequential(jobs.spec(method, tmp_path / "alone", *ROUNDS, size))
+    there = run_sequential(jobs.spec(method, tmp_path / "ray", *ROUNDS, size, cluster))
+    assert _bits(read(here.path), method) == _bits(read(there.path), method)
+
+
 def test_facts_are_assessed(jobs: Jobs, tmp_path: Path) -> None:
     spec = jobs.spec("calinet", tmp_path / "run", "assess={prompts: 2}")
     run = read(run_assess(spec).path)

@@ -140,6 +140,9 @@ def test_a_plan_counts_the_encoder_once(
     assert 0 < one < two < four
     assert four - two == pytest.approx(2 * (two - one), rel=1e-6)
     assert one > 1.2 * (two - one)  # what runs once, of which the encoder is the most
+    patched = "method={name: t_patcher, layers: [2], t_patcher: {steps: %d, memory_queries: 9}}"
+    hundred, more, most = (seconds(patched % steps) for steps in (50, 75, 100))
+    assert 0 < hundred < more < most and most - more == pytest.approx(more - hundred, rel=1e-6)
 
 
 def _bits(run: Run) -> dict[str, Any]:

@@ -165,12 +165,15 @@ class SeracAnswerModel(SeracModel):
             options: handed to the model.
 
         Raises:
-            ValueError: the rows go on from a cache: their answers' beginnings cannot be seen.
+            ValueError: there is no answer, or the rows go on from a cache: their answers'
+                beginnings cannot be seen.
             InputError: the classifier cannot read a prompt.
         """
         if options.get("past_key_values") is not None:
             raise ValueError("SeracModel reads whole rows; call generate() to go on from a prompt")
-        if decoder_input_ids is None and labels is not None:
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("give labels or decoder_input_ids: whole answers are read")
             decoder_input_ids = self.base.prepare_decoder_input_ids_from_labels(labels=labels)
         output = self.base(
             input_ids=input_ids,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from pipeline.errors import InputError
 from pipeline.evaluation.generation import generate
 from pipeline.evaluation.probes import Probe
 from pipeline.evaluation.scoring import score
+from pipeline.methods.serac import new_editor
 from pipeline.models.editable import EditableModel
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.first_blocks import first_blocks, first_encoder_blocks
+from pipeline.spec.trained import SeracSpec
 from tests.editing.serac.cases import ENTRIES, QUERIES, router, setting
-from tests.encoder_decoders import KINDS, build, tokenizer
+from tests.encoder_decoders import KINDS, build, save, tokenizer
 from tests.oracles import serac as oracle
 
 NEW = 5
@@ -196,6 +200,22 @@ def test_with_an_empty_memory_it_is_the_base_model_to_the_bit() -> None:
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
     ids = case.editable.model.generate(**_given(), **GREEDY)
     assert torch.equal(model.generate(**_given(), **GREEDY), ids)
+
+
+def test_a_t5_can_be_named_for_both_models(tmp_path: Path) -> None:
+    save("t5_gated", tmp_path)
+    model = editable_model(build("t5_gated", torch.float32))
+    spec = SeracSpec(classifier=str(tmp_path), counterfactual=str(tmp_path))
+    editor = new_editor(spec, model, tokenizer())
+    assert editor.encoder.head is None and editor.encoder.size == 32
+    assert not hasattr(editor.encoder.trunk, "decoder")
+    (found,) = editor.encoder.embed(editor.encoder.query_ids(QUERIES[:1]), 100)
+    with torch.no_grad():
+        asked = tokenizer()(QUERIES[0], return_tensors="pt")
+        expected = model.encoder(**asked).last_hidden_state[0].mean(dim=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    h = editor.counterfactual.model.model
+    assert h is not model.model and torch.equal(h.lm_head.weight, model.model.lm_head.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
