@@ -226,6 +226,26 @@ def _encode_apart(
     return [tuple(ids if ids[-1] == answers.end else [*ids, answers.end]) for ids in encoded]  # type: ignore[list-item]
 
 
+def split_text(
+    ids: Sequence[int], answers: AnswerForm
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """A running text as a model's row of tokens, and what an encoder reads of it.
+
+    An encoder reads the first half, and the decoder goes on behind its start token, as the model
+    does it where it learns from running text (prefix language models, arXiv 1910.10683, section
+    3.2.1).
+
+    Args:
+        ids: the text's token ids, at least one.
+        answers: the model's form of answers.
+    """
+    if answers.start is None or answers.end is None:
+        return tuple(ids), None
+    text = ids[:-1] if ids[-1] == answers.end else ids
+    half = len(text) // 2
+    return (answers.start, *text[half:]), (*text[:half], answers.end)
+
+
 def _require_tokens(targets: Sequence[str], encoded: Sequence[Sequence[int]]) -> None:
     for target, ids in zip(targets, encoded, strict=True):
         if not ids:

@@ -16,11 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.editing.serac.memory import MemoryEntry
-from pipeline.editing.serac.serving import SeracModel
+from pipeline.editing.serac.serving import SeracAnswerModel, SeracModel
 from pipeline.editors import CARD, WEIGHTS, read_card
 from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.methods.serac import load_editor, make_router
-from pipeline.models.editable import EditableModel, resolve_device
+from pipeline.models.editable import resolve_device
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import fingerprint, load_model, load_tokenizer, save_model
 from pipeline.results.damage import first_problem
 from pipeline.results.schemas import check_schema
@@ -92,13 +93,14 @@ def load_serac(directory: str | Path, model: PreTrainedModel | None = None) -> S
         )
     tokenizer = load_tokenizer(named)
     card = read_card(place / EDITOR, f"{place}: {EDITOR}")
-    editable = EditableModel(model)
+    editable = editable_model(model)
     editor = load_editor(described.serac, place / EDITOR, card.sha256, editable, tokenizer)
     router = make_router(editor, described.serac)
     rows = memory.select(["case_id", "prompt", "target"]).to_pylist()
     entries = [MemoryEntry(row["case_id"], row["prompt"], row["target"]) for row in rows]
     router.memory.add(entries, torch.tensor(memory["embedding"].to_pylist()))
-    return SeracModel(model, router, tokenizer)
+    kind = SeracAnswerModel if editable.has_encoder else SeracModel
+    return kind(model, router, tokenizer)
 
 
 def _read(place: Path) -> tuple[_Described, pa.Table]:

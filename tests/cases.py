@@ -69,7 +69,7 @@ class Case(NamedTuple):
     def prompts(
         self, edits: list[Edit] = EDITS, contexts: list[str] = CONTEXTS
     ) -> list[EditPrompts]:
-        return tokenize_edits(self.tokenizer, requests(edits), contexts)
+        return tokenize_edits(self.tokenizer, requests(edits), contexts, self.editable.answers)
 
 
 def requests(edits: list[Edit]) -> list[EditRequest]:
@@ -93,7 +93,11 @@ def case(family: str, dtype: torch.dtype = torch.float64) -> Case:
 
 
 def fresh(family: str, dtype: torch.dtype = torch.float64) -> Case:
-    """A model of the caller's own."""
+    """A model of the caller's own; `t5` and `t5_gated` as one stream of tokens."""
+    if family.startswith("t5"):
+        from tests import encoder_decoders
+
+        return encoder_decoders.in_one_stream(family, dtype)
     model = _build_gemma3(dtype) if family == "gemma3" else families.build(family, dtype)
     editable = EditableModel(model)
     if family == "gemma3":
@@ -113,11 +117,11 @@ def oracle_values(family: str, layer: int) -> list[tuple[Tensor, Value]]:
     return [compute_value(*parts, edit, CONTEXTS, **SETTINGS) for edit in THREE]
 
 
-def token_rows(count: int = 40, seed: int = 0) -> list[list[int]]:
+def token_rows(count: int = 40, seed: int = 0, below: int = 400) -> list[list[int]]:
     """Random texts of unequal length, enough of them that every inner unit of OPT fires."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(10, 30, (count,), generator=generator).tolist()
-    return [torch.randint(3, 400, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(3, below, (length,), generator=generator).tolist() for length in lengths]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -7,10 +7,11 @@ Flan-T5 (gated GELU, an unembedding of its own). The decoder has 4 blocks, the e
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedModel,
@@ -22,7 +23,7 @@ from transformers import (
 
 from pipeline.models.encoder_decoder import EncoderDecoderModel
 from pipeline.prompts import EditPrompts, tokenize_edits
-from tests.cases import EDITS, requests
+from tests.cases import EDITS, Case, requests
 from tests.families import HIDDEN_SIZE, INNER_SIZE, NUM_LAYERS, SENTENCES
 from tests.oracles.memit import Edit
 
@@ -102,6 +103,45 @@ def save(kind: str, directory: str | Path) -> None:
 def case(kind: str, dtype: torch.dtype = torch.float64) -> EncoderDecoderModel:
     """The model, shared by all tests: its weights must stay."""
     return EncoderDecoderModel(build(kind, dtype))
+
+
+class _OneStream(T5ForConditionalGeneration):
+    """Called with a prompt's tokens, its end token among them, and behind them the answer's.
+
+    The logits are the decoder's from the prompt's last token on, at which the answer begins, and
+    zeros before, so that an oracle of decoder-only models can read them.
+    """
+
+    def forward(self, input_ids: Tensor) -> Any:  # type: ignore[override]
+        (ids,) = input_ids.tolist()
+        cut = ids.index(self.config.eos_token_id) + 1
+        answer = [self.config.decoder_start_token_id, *ids[cut:]]
+        logits = (
+            super()
+            .forward(input_ids=input_ids[:, :cut], decoder_input_ids=torch.tensor([answer]))
+            .logits
+        )
+        return SimpleNamespace(logits=nn.functional.pad(logits, (0, 0, cut - 1, 0)))
+
+
+class Behind(nn.Module):
+    """A T5 as a model of what its decoder reads, behind one prompt."""
+
+    def __init__(self, model: PreTrainedModel, source: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.source = model, torch.tensor([source])
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.model(input_ids=self.source, decoder_input_ids=input_ids)
+
+
+def in_one_stream(kind: str, dtype: torch.dtype) -> Case:
+    """The model with its parts, called as a decoder-only one."""
+    plain = build(kind, dtype)
+    stream = object.__new__(_OneStream)
+    stream.__dict__ = plain.__dict__
+    blocks, downs = list(plain.decoder.block), down_projections(plain)
+    return Case(kind, stream, EncoderDecoderModel(plain), tokenizer(), blocks, downs)
 
 
 def prompts(

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import pytest
 from safetensors.torch import load_file, save_file
 
 from pipeline import JobSpec
+from pipeline.cluster.engine import Call, InProcessEngine
 from pipeline.results import Run, read
 from pipeline.spec import parse_spec
 from tests import families
@@ -189,3 +191,19 @@ def statuses(run: Run) -> dict[str, int]:
     """How many requests have which status."""
     counts = pc.value_counts(run.edits()["status"]).to_pylist()
     return {entry["values"]: entry["counts"] for entry in counts}
+
+
+_WORK = ("gradients", "adapt", "remember", "apply", "evaluate", "contribute")
+
+
+def stopped_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End jobs in this process, as Ctrl-C does, after so many calls that edit or score."""
+    submit, left = InProcessEngine.submit, [calls]
+
+    def counted(self: InProcessEngine, worker: int, method: str, *a: Any, **k: Any) -> Call:
+        left[0] -= method in _WORK
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return submit(self, worker, method, *a, **k)
+
+    monkeypatch.setattr(InProcessEngine, "submit", counted)

@@ -36,11 +36,10 @@ from pipeline.spec import (
     EvaluationSpec,
     JobSpec,
     MethodSpec,
-    ValueSpec,
 )
 
-# Workers hold one edited weight at least; looking has no use for it.
-_NO_EDITS = MethodSpec(layers=(0,), covariance_weight=1.0, contexts=("{}",), value=ValueSpec())
+# Workers hold one edited weight at least; looking has no use for it. Any model takes the method.
+_NO_EDITS = MethodSpec(name="ft", layers=(0,), contexts=("{}",))
 
 
 @dataclass(frozen=True)

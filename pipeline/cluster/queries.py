@@ -9,7 +9,10 @@ import numpy as np
 from pipeline.cluster.covariance import mean_tokens, text_shards
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.scheduler import Scheduler
+from pipeline.editing.queries import queries_of
 from pipeline.errors import InputError
+from pipeline.models.answers import answer_form
+from pipeline.models.loading import load_config
 from pipeline.sources.corpus import read_corpus
 from pipeline.spec import JobSpec
 
@@ -47,8 +50,8 @@ def gather_queries(
     if isinstance(settings.samples, int):
         samples = settings.samples
     else:
-        # A text's first token makes none.
-        samples = math.ceil(_MARGIN * count / max(1.0, mean_tokens(spec) - 1))
+        of_text = queries_of(mean_tokens(spec), answer_form(load_config(spec.model)))
+        samples = math.ceil(_MARGIN * count / max(1.0, of_text))
     texts = read_corpus(settings.corpus, field=settings.field, samples=samples, seed=spec.seed)
     found: dict[int, np.ndarray] = {}
     with progress.phase("memory", len(texts)) as ticker:

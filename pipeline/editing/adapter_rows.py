@@ -19,10 +19,9 @@ from torch.nn.functional import cross_entropy
 from pipeline.editing.adapters.neurons import add_to_ffn
 from pipeline.editing.batching import token_batches
 from pipeline.editing.keys import inputs_of
-from pipeline.editing.targets import TargetBatch, TargetRow, target_rows
-from pipeline.models.editable import EditableModel, forward_replaced
-from pipeline.models.halfway import attention_states, recorded_halfway
-from pipeline.models.masks import plain_segments
+from pipeline.editing.targets import TargetBatch, TargetRow, sources_of, target_rows
+from pipeline.models.editable import EditableModel
+from pipeline.models.halfway import attentions_at, attentions_given, recorded_halfway
 from pipeline.prompts import EditPrompts
 
 
@@ -61,7 +60,7 @@ class _Pack:
     Attributes:
         targets: the rows.
         hidden: what enters the adapted block; None for the first block, which begins with tokens.
-        attention: what its attention puts out, where that is kept.
+        attentions: what its attention modules return, where that is kept.
         masks: as the model takes them.
         positions: of its tokens.
         owners: (tokens,) the edit that each token belongs to.
@@ -71,7 +70,7 @@ class _Pack:
 
     targets: TargetBatch
     hidden: Tensor | None
-    attention: Tensor | None
+    attentions: list[Any] | None
     masks: Any
     positions: Tensor
     owners: Tensor
@@ -123,8 +122,11 @@ class AdapterRows:
         """Bytes of what is kept between calls, once it is."""
         if not self.keeps:
             return 0
-        in_last = self.layer == self.model.num_blocks - 1
-        tokens = sum(2 * len(row.places) if in_last else len(row.ids) for row in self._rows)
+        if self.layer == self.model.num_blocks - 1:
+            states = 1 + len(self.model.attentions(self.layer))
+            tokens = sum(states * len(row.places) for row in self._rows)
+        else:
+            tokens = sum(len(row.ids) + len(row.source or ()) for row in self._rows)
         return tokens * self.model.hidden_size * self.model.dtype.itemsize
 
     def keep_only(self, edits: set[int]) -> None:
@@ -212,7 +214,8 @@ class AdapterRows:
             yield from self._kept
             return
         made, ids = [], [row.ids for row in self._rows]
-        for batch in token_batches(self.model, ids, self.max_tokens):
+        sources = sources_of(self._rows)
+        for batch in token_batches(self.model, ids, self.max_tokens, sources):
             pack = self._pack(TargetBatch.of(batch, self._rows, self.model.output_device))
             yield pack
             made += [pack] if self.keeps else []
@@ -225,8 +228,9 @@ class AdapterRows:
         edits = torch.tensor(of_row, device=model.output_device)
         device = model.device_of(self.layer)
         owners = edits.to(device).repeat_interleave(batch.ids.shape[1])
+        masks = model.ready(batch.masks)
         given = {
-            "masks": batch.masks,
+            "masks": masks,
             "position_ids": batch.positions,
             "input_ids": batch.ids,
         }
@@ -234,28 +238,23 @@ class AdapterRows:
             hidden = None
             if self.layer:
                 hidden = model.run(None, first=0, stop=self.layer, **given).to(device)
-            return _Pack(
-                targets, hidden, None, batch.masks, batch.positions, owners, edits, targets.read
-            )
+            return _Pack(targets, hidden, None, masks, batch.positions, owners, edits, targets.read)
         with recorded_halfway(model, self.layer) as half:
             model.run(None, first=0, stop=self.layer + 1, **given)
         read = targets.read.to(device)
         hidden = half.hidden.flatten(0, 1)[read][:, None]
-        attention = attention_states(half).flatten(0, 1)[read][:, None]
+        attentions = attentions_at(half, read)
         positions = batch.positions.flatten()[read.to(batch.positions.device)][:, None]
-        ones = torch.ones(len(positions), dtype=torch.long, device=positions.device)
-        masks = model.masks(positions, plain_segments(ones, 1))
-        alone = owners[read]
-        return _Pack(targets, hidden, attention, masks, positions, alone, edits, None)
+        alone, owners = model.masks_alone(positions), owners[read]
+        return _Pack(targets, hidden, attentions, alone, positions, owners, edits, None)
 
     def _states(self, pack: _Pack, beside: Beside | None = None) -> Tensor:
         """Normed hidden states at the positions that are read, (n, D)."""
         with ExitStack() as stack:
             for layer, added in ({} if beside is None else beside(pack.owners)).items():
                 stack.callback(add_to_ffn(self.model, layer, added))
-            if pack.attention is not None:
-                attention = self.model.attention(self.layer)
-                stack.enter_context(forward_replaced(attention, _giving(pack.attention)))
+            if pack.attentions is not None:
+                stack.enter_context(attentions_given(self.model, self.layer, pack.attentions))
             states = self.model.final(
                 pack.hidden,
                 first=self.layer,
@@ -265,10 +264,3 @@ class AdapterRows:
                 read=pack.read,
             )
         return states.flatten(0, -2)
-
-
-def _giving(attention: Tensor) -> Callable[..., tuple[Tensor, None]]:
-    def given(*_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
-        return attention, None
-
-    return given

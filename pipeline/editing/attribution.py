@@ -280,7 +280,7 @@ class _RowScores:
             scaled.requires_grad_()
             half = Halfway(
                 middle.hidden[reads, None].expand(-1, steps, -1),
-                (middle.attention[reads, None].expand(-1, steps, -1), None),
+                [(middle.attention[reads, None].expand(-1, steps, -1), None)],
                 scaled.flatten(0, 1) if middle.is_flat else scaled,
             )
             hidden = finish_block(self.model, layer, half, masks=masks, position_ids=at)

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from pipeline.editing.adapter_rows import AdapterRows, Added, Beside
 from pipeline.editing.adapters.neurons import bank_output
-from pipeline.editing.targets import TargetRow
+from pipeline.editing.targets import TargetRow, target_row
 from pipeline.models.editable import EditableModel
 from pipeline.prompts import EditPrompts
 
@@ -133,6 +133,11 @@ def _beside(banks: Banks, activation_name: str) -> Beside:
 
 
 def _neutral(number: int, edit: EditPrompts) -> TargetRow:
-    """Every token of "{subject} is a"; its labels are not asked for."""
+    """Every token of "{subject} is a"; its labels are not asked for.
+
+    Where an encoder reads it, the decoder's start token, at which it is answered.
+    """
     ids = edit.essence.ids
+    if edit.start is not None:
+        return target_row(number, ids, ids[:1], 1.0, edit.start)
     return TargetRow(number, ids, tuple(range(len(ids))), ids, 1.0)

@@ -30,10 +30,12 @@ def condition_of(model: EditableModel, edit: EditPrompts) -> Condition:
 
 @torch.no_grad()
 def greedy(model: EditableModel, prompt: Sequence[int], count: int) -> tuple[int, ...]:
-    """The likeliest next token, `count` times."""
-    ids = list(prompt)
+    """The likeliest next token, `count` times; an encoder-decoder model's go on past its end."""
+    start = model.answers.start
+    ids, sources = (list(prompt), None) if start is None else ([start], [prompt])
+    begun = len(ids)
     for _ in range(count):
-        batch = make_batch(model, [ids], [0])
+        batch = make_batch(model, [ids], [0], sources)
         states = model.final(
             None,
             first=0,
@@ -43,7 +45,7 @@ def greedy(model: EditableModel, prompt: Sequence[int], count: int) -> tuple[int
             read=batch.last,
         )
         ids.append(int(model.logits(states)[0].argmax()))
-    return tuple(ids[len(prompt) :])
+    return tuple(ids[begun:])
 
 
 def _embedded(model: EditableModel, ids: Sequence[int]) -> Tensor:

@@ -14,15 +14,20 @@ from torch import Tensor
 
 from pipeline.editing.batching import TokenBatch, token_batches
 from pipeline.editing.gradients import RowGradients
+from pipeline.editing.targets import sources_of
 from pipeline.models.editable import EditableModel
 
 
 @dataclass(frozen=True)
 class KeptRow:
-    """A text as token ids, and the positions whose next token is to stay."""
+    """A text as token ids, and the positions whose next token is to stay.
+
+    Of an encoder-decoder model they are the decoder's; `source` is what its encoder reads.
+    """
 
     ids: tuple[int, ...]
     places: tuple[int, ...]
+    source: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -91,7 +96,7 @@ class KeptGradients(RowGradients[KeptBatch]):
         layers: tuple[int, ...],
         max_tokens: int,
     ) -> None:
-        batches = token_batches(model, [row.ids for row in rows], max_tokens)
+        batches = token_batches(model, [row.ids for row in rows], max_tokens, sources_of(rows))
         made = [KeptBatch.of(batch, rows, model.output_device) for batch in batches]
         super().__init__(model, made, range(len(rows)), len(rows), layers)
         self.read(lambda batch, states: batch.remember(model, states))

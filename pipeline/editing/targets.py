@@ -5,7 +5,7 @@ Shapes: N rows, T tokens, d hidden size, v vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -44,16 +44,31 @@ class TargetRow:
 def target_rows(edits: Sequence[EditPrompts], read: Read) -> list[TargetRow]:
     """Every edit behind every context template, the templates weighing alike."""
     return [
-        _row(number, edit, prompt.ids, read)
+        target_row(number, prompt.ids, edit.target, 1.0 / len(edit.rewrites), edit.start, read)
         for number, edit in enumerate(edits)
         for prompt in edit.rewrites
     ]
 
 
-def _row(number: int, edit: EditPrompts, prompt: tuple[int, ...], read: Read) -> TargetRow:
-    target, weight, source = edit.target, 1.0 / len(edit.rewrites), None
-    if edit.start is not None:
-        source, prompt = prompt, (edit.start,)
+def target_row(
+    number: int,
+    prompt: tuple[int, ...],
+    target: tuple[int, ...],
+    weight: float,
+    start: int | None,
+    read: Read = "target_tokens",
+) -> TargetRow:
+    """A prompt with a target to be predicted behind it, or by the decoder that begins with `start`.
+
+    Args:
+        number, weight: the row's `edit` and `weight`.
+        prompt, target: token ids.
+        start: see `AnswerForm`.
+        read: where the target is predicted.
+    """
+    source = None
+    if start is not None:
+        source, prompt = prompt, (start,)
     last = len(prompt) - 1
     if read == "last_prompt_token":
         return TargetRow(number, prompt, (last,) * len(target), target, weight, source)
@@ -61,7 +76,16 @@ def _row(number: int, edit: EditPrompts, prompt: tuple[int, ...], read: Read) ->
     return TargetRow(number, (*prompt, *target[:-1]), places, target, weight, source)
 
 
-def sources_of(rows: Sequence[TargetRow]) -> list[tuple[int, ...]] | None:
+class Sourced(Protocol):
+    """A row that an encoder may have read something for."""
+
+    @property
+    def source(self) -> tuple[int, ...] | None:
+        """Token ids that the encoder reads; None where there is no encoder."""
+        ...
+
+
+def sources_of(rows: Sequence[Sourced]) -> list[tuple[int, ...]] | None:
     """What an encoder reads of each row; None where there is no encoder."""
     sources = [row.source for row in rows if row.source is not None]
     assert len(sources) in (0, len(rows)), "rows of two kinds of models"

@@ -81,13 +81,14 @@ def _continue(
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     device, options = model.input_device, model.new_cache()
+    begun = 1 if model.answers.is_apart else width
     if model.router is not None:
-        share = RoutedLogits(model.router.routes(texts), rows, width)
+        share = RoutedLogits(model.router.routes(texts), rows, begun)
         options["logits_processor"] = LogitsProcessorList([share])
     whole = model.model.generate(
         input_ids=ids.to(device), attention_mask=real.to(device), **options
     )
-    return whole[:, 1 if model.answers.is_apart else width :].tolist()
+    return whole[:, begun:].tolist()
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.editing.batching import token_batches
-from pipeline.editing.targets import TargetBatch, TargetRow
+from pipeline.editing.targets import TargetBatch, TargetRow, sources_of, target_row
 from pipeline.models.editable import EditableModel
 from pipeline.prompts import encode_targets, token_ids
 from pipeline.requests import EditRequest
@@ -109,10 +109,15 @@ def assess(
         ValueError: a probability is not a number.
     """
     texts = token_ids(tokenizer, [text for of_fact in prompts for text in of_fact])
-    targets = encode_targets(tokenizer, objects)
+    targets = encode_targets(tokenizer, objects, model.answers)
     wanted = [target[:1] if read == "first_token" else target for target in targets]
     of_text = [fact for fact, of_fact in enumerate(prompts) for _ in of_fact]
-    rows = [_row(fact, tuple(ids), wanted[fact]) for fact, ids in zip(of_text, texts, strict=True)]
+    start = model.answers.start
+    # The weight makes the loss the sum over tokens.
+    rows = [
+        target_row(fact, tuple(ids), wanted[fact], float(len(wanted[fact])), start)
+        for fact, ids in zip(of_text, texts, strict=True)
+    ]
     found = _probabilities(model, rows, max_tokens).tolist()
     if not all(0.0 <= probability <= 1.0 + 1e-6 for probability in found):
         raise ValueError("the model's probabilities are not numbers")
@@ -181,16 +186,11 @@ def _fact(
     }
 
 
-def _row(fact: int, prompt: tuple[int, ...], target: tuple[int, ...]) -> TargetRow:
-    """A text with an object behind it; its weight makes the loss the sum over tokens."""
-    places = tuple(range(len(prompt) - 1, len(prompt) - 1 + len(target)))
-    return TargetRow(fact, (*prompt, *target[:-1]), places, target, float(len(target)))
-
-
 def _probabilities(model: EditableModel, rows: Sequence[TargetRow], max_tokens: int) -> Tensor:
     """P(target) of every row, float64."""
     found = torch.zeros(len(rows), dtype=torch.float64)
-    for batch in token_batches(model, [row.ids for row in rows], max_tokens):
+    ids, sources = [row.ids for row in rows], sources_of(rows)
+    for batch in token_batches(model, ids, max_tokens, sources):
         targets = TargetBatch.of(batch, rows, model.output_device)
         given: dict[str, Any] = {"masks": batch.masks, "position_ids": batch.positions}
         states = model.final(None, first=0, input_ids=batch.ids, read=targets.read, **given)

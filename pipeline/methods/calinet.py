@@ -1,6 +1,6 @@
 """CaliNET (arXiv 2210.03329): a small feed-forward network beside the model's, of a round's facts.
 
-Published for the decoder of an encoder-decoder model; here it stands beside the last block's
+Published for the decoder of an encoder-decoder model; here any model has it beside the last block's
 network unless `layers` says otherwise, and its loss is that of the object's tokens behind the
 prompt in several contexts. V begins as 0, so that the model is unchanged before the first step
 (published, it is drawn). There are no biases. Every round adds slots of its own; those of earlier

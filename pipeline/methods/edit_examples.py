@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.editing.locality import KeptRow
+from pipeline.editing.targets import target_row
 from pipeline.errors import InputError
-from pipeline.prompts import EditPrompts, Row, encode_targets, token_ids
+from pipeline.models.answers import CONTINUED, AnswerForm
+from pipeline.prompts import EditPrompts, Row, encode_targets, split_text, token_ids
 from pipeline.requests import EditRequest
 
 Left = tuple[str, str | None]
@@ -74,21 +76,24 @@ def _questions(request: EditRequest) -> list[Left]:
 
 
 def asked_rows(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[EditExample]
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EditExample],
+    answers: AnswerForm = CONTINUED,
 ) -> list[EditPrompts]:
     """The prompts that edited models are asked by, with the edits' answers."""
     prompts = token_ids(tokenizer, [example.asked for example in examples])
-    targets = encode_targets(tokenizer, [example.edit.target_new for example in examples])
+    targets = encode_targets(tokenizer, [one.edit.target_new for one in examples], answers)
     found = []
     for example, ids, target in zip(examples, prompts, targets, strict=True):
-        row = Row(tuple(ids), len(ids) - 1)
-        found.append(EditPrompts((row,), target, row, example.edit.subject))
+        row, subject = Row(tuple(ids), len(ids) - 1), example.edit.subject
+        found.append(EditPrompts((row,), target, row, subject, start=answers.start))
     return found
 
 
 def kept_rows(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[EditExample],
+    answers: AnswerForm = CONTINUED,
     *,
     max_tokens: int,
     answers_only: bool,
@@ -98,17 +103,19 @@ def kept_rows(
     Args:
         tokenizer: the model's.
         examples: whose.
+        answers: the model's form of answers.
         max_tokens: a text is cut to.
         answers_only: where there is an answer, only the tokens that predict it count; else all do.
     """
     prompts = token_ids(tokenizer, [example.left[0] for example in examples])
     found = []
     for example, ids in zip(examples, prompts, strict=True):
-        answer: tuple[int, ...] = ()
-        if example.left[1] is not None:
-            (answer,) = encode_targets(tokenizer, [example.left[1]])
-        first = len(ids) - 1 if answer and answers_only else 0
-        # The last token of an answer is predicted; nothing comes after it.
-        row = (*ids, *answer[:-1]) if answer else tuple(ids[:max_tokens])
-        found.append(KeptRow(row, tuple(range(first, len(row)))))
+        if example.left[1] is None:
+            text, source = split_text(ids[:max_tokens], answers)
+            found.append(KeptRow(text, tuple(range(len(text))), source))
+            continue
+        (answer,) = encode_targets(tokenizer, [example.left[1]], answers)
+        row = target_row(0, tuple(ids), answer, 1.0, answers.start)
+        first = row.places[0] if answers_only else 0
+        found.append(KeptRow(row.ids, tuple(range(first, len(row.ids))), row.source))
     return found

@@ -151,7 +151,7 @@ class EditLosses:
         model, layers = weights.model, weights.layers
         self._asked = TargetGradients(
             model,
-            asked_rows(tokenizer, examples),
+            asked_rows(tokenizer, examples, model.answers),
             layers,
             "target_tokens",
             _MAX_TOKENS,
@@ -160,6 +160,7 @@ class EditLosses:
         left = kept_rows(
             tokenizer,
             examples,
+            model.answers,
             max_tokens=trainable.train.max_tokens,
             answers_only=trainable.answers_only,
         )
@@ -250,10 +251,11 @@ def factors_of(
     examples: Sequence[EditExample],
 ) -> Factors:
     """What some examples' edits say, as when they are edited."""
-    method = trainable.method
+    method, model = trainable.method, weights.model
     requests = [example.edit for example in examples]
-    edits = tokenize_edits(tokenizer, requests, trainable.spec.method.contexts or ("{}",))
-    laid_out = method.gradients(weights.model, edits, _MAX_TOKENS, keeps=False)
+    contexts = trainable.spec.method.contexts or ("{}",)
+    edits = tokenize_edits(tokenizer, requests, contexts, model.answers)
+    laid_out = method.gradients(model, edits, _MAX_TOKENS, keeps=False)
     found = method.factors(laid_out, weights, None)
     assert isinstance(found, Factors), "networks read factors"
     return found

@@ -17,6 +17,7 @@ from pipeline.methods.module_training import ModuleLearner, ModuleTrainer
 from pipeline.methods.serac import new_editor
 from pipeline.methods.trainable import Learner, Shapes, State, Trainable, Trainer
 from pipeline.models.editable import EditableModel, resolve_device
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.requests import EditRequest
 
@@ -69,7 +70,7 @@ class SeracTraining(Trainable):
     def trainer(self, shapes: Shapes, state: State | None) -> Trainer:
         # The first parameters are copies of the edited model's, which the reducer has not got.
         device, _ = resolve_device()
-        model = EditableModel(load_model(self.spec.model, device))
+        model = editable_model(load_model(self.spec.model, device))
         module = self._editor(model, load_tokenizer(self.spec.model)).module
         assert self.train.learning_rate is not None
         optimiser = torch.optim.Adam(module.parameters(), lr=self.train.learning_rate)

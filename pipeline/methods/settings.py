@@ -14,7 +14,7 @@ import yaml
 from pipeline.editing.values import ValueSettings
 from pipeline.editors import read_card
 from pipeline.errors import InputError
-from pipeline.models.answers import is_encoder_decoder, num_blocks
+from pipeline.models.answers import is_encoder_decoder, num_blocks, num_encoder_blocks
 from pipeline.spec import JobSpec, MethodSpec, ValueSpec, parse_spec
 from pipeline.spec.method import ENCODER_DECODER_METHODS
 from pipeline.spec.trained import SeracSpec
@@ -46,7 +46,7 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
     own = published.get("methods", {}).get(spec.method.name, {})
     general = {} if spec.method.is_adapter else published.get("method", {})
     given = _with_editor(spec.method)
-    open_ = _last_blocks(given, {**general, **own}, text_config)
+    open_ = _last_blocks(given, {**general, **own}, num_blocks(config))
     method = _merge(given, _own_layers(given, open_))
     method = _all_layers(method, num_blocks(config))
     if method.is_adapter and method.layers is None:
@@ -58,8 +58,8 @@ def resolve_settings(spec: JobSpec, config: Any, model_path: str) -> tuple[JobSp
             f" ({_shape(text_config)}); give {' and '.join(f'method.{name}' for name in needed)}"
             f"{'' if is_encoder_decoder(config) else ' (`editfleet trace` proposes layers)'}"
         )
-    method = _bare_prompt(_boundary_layers(method))
-    _check_layers(method, num_blocks(config))
+    method = _bare_prompt(_boundary_layers(method), has_encoder=is_encoder_decoder(config))
+    _check_layers(method, config)
     samples = spec.covariance.samples or published.get("covariance", {}).get("samples")
     corpus = spec.covariance.corpus or published.get("covariance", {}).get("corpus")
     covariance = spec.covariance.model_copy(update={"samples": samples, "corpus": corpus})
@@ -170,7 +170,7 @@ def _with_editor(method: MethodSpec) -> MethodSpec:
     return method.with_trained(own).model_copy(update={"layers": card.layers})
 
 
-def _last_blocks(method: MethodSpec, published: dict[str, Any], config: Any) -> dict[str, Any]:
+def _last_blocks(method: MethodSpec, published: dict[str, Any], blocks: int) -> dict[str, Any]:
     """For a method that was published on the last blocks of every model, these."""
     if method.is_memory:
         # A memory lies beside the whole model; its change needs the name of one block.
@@ -178,7 +178,6 @@ def _last_blocks(method: MethodSpec, published: dict[str, Any], config: Any) -> 
     count = _LAST_BLOCKS.get(method.name)
     if count is None:
         return published
-    blocks = int(config.num_hidden_layers)
     return {**published, "layers": list(range(max(0, blocks - count), blocks))}
 
 
@@ -195,13 +194,14 @@ def _boundary_layers(method: MethodSpec) -> MethodSpec:
     return method.model_copy(update={"layers": (method.layers[0], method.layers[-1])})
 
 
-def _bare_prompt(method: MethodSpec) -> MethodSpec:
+def _bare_prompt(method: MethodSpec, *, has_encoder: bool) -> MethodSpec:
     """Contexts are for values; most others take the prompt alone unless they are given some.
 
-    CaliNET trains on several phrasings of a fact, and neurons are agreed on by several.
+    CaliNET trains on several phrasings of a fact, and neurons are agreed on by several. A model
+    with an encoder answers, and writes no beginnings of texts that could be contexts.
     """
     takes_contexts = method.is_closed_form or method.is_locating or method.name == "calinet"
-    if takes_contexts or method.contexts is not None:
+    if (takes_contexts and not has_encoder) or method.contexts is not None:
         return method
     return method.model_copy(update={"contexts": ("{}",)})
 
@@ -211,25 +211,26 @@ def _needed(method: MethodSpec) -> list[str]:
     return ["layers", "covariance_weight"] if method.uses_covariance_weight else ["layers"]
 
 
-def _check_layers(method: MethodSpec, num_blocks: int) -> None:
+def _check_layers(method: MethodSpec, config: Any) -> None:
     assert method.layers is not None
+    blocks = num_blocks(config)
     if method.name == "rome" and len(method.layers) > 1:
         raise InputError(f"method.layers: rome edits one layer, not {list(method.layers)}")
     if method.is_memory and method.layers != (0,):
         raise InputError(f"method.layers: {method.name} edits no layer; leave them out")
     if method.name == "serac":
-        _check_copies(method.serac, num_blocks)
-    if method.layers[-1] >= num_blocks:
+        _check_copies(method.serac, config)
+    if method.layers[-1] >= blocks:
         raise InputError(
             f"method.layers: {method.layers[-1]} does not exist; the model has blocks 0 to"
-            f" {num_blocks - 1}"
+            f" {blocks - 1}"
         )
     if method.name == "t_patcher" and len(method.layers) > 1:
         raise InputError(f"method.layers: t_patcher patches one layer, not {list(method.layers)}")
-    if method.value.loss_layer not in (None, num_blocks - 1):
+    if method.value.loss_layer not in (None, blocks - 1):
         raise InputError(
             f"method.value.loss_layer: {method.value.loss_layer} is not the last block"
-            f" ({num_blocks - 1}); leave it null"
+            f" ({blocks - 1}); leave it null"
         )
 
 
@@ -238,15 +239,21 @@ def _table() -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-def _check_copies(own: SeracSpec, num_blocks: int) -> None:
+def _check_copies(own: SeracSpec, config: Any) -> None:
     """Check that the blocks exist that are copied where no model is named."""
-    for name, count in (
-        ("classifier_blocks", None if own.classifier else own.classifier_blocks),
-        ("counterfactual_blocks", None if own.counterfactual else own.counterfactual_blocks),
+    blocks = num_blocks(config)
+    read = num_encoder_blocks(config) if is_encoder_decoder(config) else blocks
+    for name, count, most in (
+        ("classifier_blocks", None if own.classifier else own.classifier_blocks, read),
+        (
+            "counterfactual_blocks",
+            None if own.counterfactual else own.counterfactual_blocks,
+            min(read, blocks),
+        ),
     ):
-        if count is not None and count > num_blocks:
+        if count is not None and count > most:
             raise InputError(
-                f"method.serac.{name}: {count} are to be copied, and the model has {num_blocks}"
+                f"method.serac.{name}: {count} are to be copied, and the model has {most}"
             )
 
 

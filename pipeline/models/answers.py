@@ -57,6 +57,11 @@ def answer_form(config: Any) -> AnswerForm:
     return AnswerForm(int(start), int(end))
 
 
+def num_encoder_blocks(config: Any) -> int:
+    """How many blocks read the prompt, of an encoder-decoder model's configuration."""
+    return int(config.num_layers)
+
+
 def num_blocks(config: Any) -> int:
     """How many blocks can be edited: of an encoder-decoder model the decoder's."""
     if is_encoder_decoder(config):

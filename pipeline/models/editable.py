@@ -18,7 +18,7 @@ from pipeline.errors import InputError, ModelNotSupportedError
 from pipeline.models.anatomy import family_of, is_transposed
 from pipeline.models.answers import CONTINUED, AnswerForm
 from pipeline.models.caches import AttentionCache
-from pipeline.models.masks import attention_masks
+from pipeline.models.masks import attention_masks, plain_segments
 from pipeline.models.routing import Router
 
 
@@ -119,6 +119,10 @@ class EditableModel:
     def attention(self, layer: int) -> nn.Module:
         return self.blocks[layer].get_submodule(self.family.attention)
 
+    def attentions(self, layer: int) -> list[nn.Module]:
+        """All attention modules of a block, in the order in which they run."""
+        return [self.attention(layer)]
+
     def mlp(self, layer: int) -> nn.Module | None:
         return (
             None if self.family.mlp is None else self.blocks[layer].get_submodule(self.family.mlp)
@@ -169,6 +173,15 @@ class EditableModel:
             return by_type
         kind = "sliding_attention" if self._slides_everywhere() else "full_attention"
         return by_type[kind]
+
+    def masks_alone(self, positions: Tensor) -> Any:
+        """What tokens attend to that stand alone in their rows, where their attention is given.
+
+        Args:
+            positions: (rows, 1) int64.
+        """
+        ones = torch.ones(len(positions), dtype=torch.long, device=positions.device)
+        return self.masks(positions, plain_segments(ones, 1))
 
     def ready(self, masks: Any) -> Any:
         """Masks with all that can be computed once for many calls."""

@@ -119,9 +119,21 @@ class EncoderDecoderModel(EditableModel):
             crossing[:, None, None],
         )
 
-    @torch.no_grad()
+    def attentions(self, layer: int) -> list[nn.Module]:
+        return [self.attention(layer), self.cross_attentions[layer]]
+
+    def masks_alone(self, positions: Tensor) -> DecoderMasks:
+        nothing = torch.zeros_like(positions)
+        bias = torch.zeros(len(positions), 1, 1, 1, dtype=self.dtype, device=positions.device)
+        # A block without states of an encoder would leave out what its attention to them gives.
+        states = bias[:, 0].expand(-1, -1, self.hidden_size)
+        return DecoderMasks(bias, nothing, torch.ones_like(nothing), bias, states)
+
     def ready(self, masks: DecoderMasks) -> DecoderMasks:
-        """The same with the encoder's states, which no edit of the decoder changes."""
+        """The same with the encoder's states, which no edit of the decoder changes.
+
+        They have a graph where the encoder's parameters are trained.
+        """
         if masks.states is not None:
             return masks
         output = self.encoder(input_ids=masks.source_ids, attention_mask=masks.source_real)

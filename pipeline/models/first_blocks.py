@@ -1,40 +1,76 @@
 """A model made of another one's embeddings, first blocks, final norm and unembedding."""
 
 import copy
+from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForTextEncoding, PreTrainedModel
 
 from pipeline.errors import InputError
-from pipeline.models.anatomy import family_of
+from pipeline.models.answers import is_encoder_decoder, num_encoder_blocks
+from pipeline.models.answers import num_blocks as num_decoder_blocks
+from pipeline.models.loading import auto_class
 
 
 def first_blocks(model: PreTrainedModel, count: int | None = None) -> PreTrainedModel:
-    """Copy a causal LM without its upper blocks; the copy's weights are its own.
+    """Copy a language model without its upper blocks; the copy's weights are its own.
 
     The final norm and the unembedding follow the last block that is left, so that the copy is a
-    causal LM of the same architecture and vocabulary.
+    language model of the same architecture and vocabulary. Of an encoder-decoder model both halves
+    lose their upper blocks.
 
     Args:
         model: a model of one of the families in `pipeline.models.anatomy`.
-        count: blocks to keep; None keeps all.
+        count: blocks to keep, in each half; None keeps all.
 
     Raises:
         InputError: the model has fewer blocks.
     """
-    family = family_of(model)
-    total = len(model.get_submodule(family.blocks))  # type: ignore[arg-type]
-    count = total if count is None else count
-    if not 1 <= count <= total:
-        raise InputError(f"cannot keep {count} blocks of a model that has {total}")
     config = copy.deepcopy(model.config)
-    text_config = config.get_text_config()
-    text_config.num_hidden_layers = count
-    if getattr(text_config, "layer_types", None) is not None:
-        text_config.layer_types = list(text_config.layer_types)[:count]
-    shorter = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    wanted = shorter.state_dict().keys()
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
-    shorter.load_state_dict(kept)
+    if count is not None:
+        _require(count, num_decoder_blocks(config), "")
+        text_config = config.get_text_config()
+        text_config.num_hidden_layers = count
+        if is_encoder_decoder(config):
+            _require(count, num_encoder_blocks(model.config), "an encoder of ")
+            text_config.num_decoder_layers = count
+        if getattr(text_config, "layer_types", None) is not None:
+            text_config.layer_types = list(text_config.layer_types)[:count]
+    return _copied(model, auto_class(config), config)
+
+
+def first_encoder_blocks(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """Copy the encoder of an encoder-decoder model without its upper blocks.
+
+    Raises:
+        InputError: it has fewer blocks.
+    """
+    config = copy.deepcopy(model.config)
+    _require(count, num_encoder_blocks(config), "an encoder of ")
+    config.num_hidden_layers = count
+    return _copied(model, AutoModelForTextEncoding, config)
+
+
+def _require(count: int, total: int, whose: str) -> None:
+    if not 1 <= count <= total:
+        raise InputError(f"cannot keep {count} blocks of a model that has {whose}{total}")
+
+
+def _copied(model: PreTrainedModel, kind: Any, config: Any) -> PreTrainedModel:
+    """A model of the same weights, as far as there is a place for them, and tied as they are.
+
+    What a configuration says of tied weights is not what a checkpoint holds, of T5 for one.
+    """
+    shorter: PreTrainedModel = kind.from_config(config, dtype=model.dtype)
+    trained = dict(shorter.named_parameters(remove_duplicate=False))
+    wanted, once = shorter.state_dict().keys(), dict[int, nn.Parameter]()
+    kept: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in wanted:
+            continue
+        if name in trained and tensor.data_ptr() not in once:
+            once[tensor.data_ptr()] = nn.Parameter(tensor.clone())
+        kept[name] = once[tensor.data_ptr()] if name in trained else tensor.clone()
+    shorter.load_state_dict(kept, assign=True)
     nn.Module.to(shorter, model.device)
     return shorter.eval()

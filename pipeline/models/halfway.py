@@ -4,7 +4,7 @@ What stands before the down-projection does not depend on its weight, so a block
 once: up to its key before the update, and on from there after it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,43 +21,48 @@ class Halfway:
 
     Attributes:
         hidden: (rows, tokens, d) the block's input.
-        attention: what its attention module returned.
+        attentions: what its attention modules returned, in their order.
         key: (rows, tokens, f) the down-projection's input (some architectures flatten rows and
             tokens; fewer tokens where the MLP was asked for those only).
     """
 
     hidden: Tensor
-    attention: Any
+    attentions: list[Any]
     key: Tensor
 
     @property
     def is_whole(self) -> bool:
         """Whether the block can be finished from here; else it has to run again from its input."""
-        return self.attention is not None
+        return bool(self.attentions)
 
     def keep_input(self) -> None:
         """Forget all but the block's input, which takes a fraction of the memory."""
-        self.attention, self.key = None, torch.empty(0)
+        self.attentions, self.key = [], torch.empty(0)
 
     @classmethod
     def empty(cls) -> "Halfway":
         """One to be filled by `recorded_halfway`."""
         nothing = torch.empty(0)
-        return cls(nothing, None, nothing)
+        return cls(nothing, [], nothing)
 
 
 @contextmanager
 def recorded_halfway(model: EditableModel, layer: int) -> Iterator[Halfway]:
     """Record a block's way to its key while the context is open; the last call counts."""
     half = Halfway.empty()
+    attentions = model.attentions(layer)
+    half.attentions = [None] * len(attentions)
 
     # After the block, since the state that enters may itself be put in by a hook before it.
     def block_input(_module: object, inputs: tuple[Any, ...], _output: object) -> None:
         # A block fetches its input from another device only once it has begun.
         half.hidden = inputs[0].to(model.device_of(layer))
 
-    def attention_output(_module: object, _inputs: object, output: Any) -> None:
-        half.attention = output
+    def attention_output(number: int) -> Any:
+        def record(_module: object, _inputs: object, output: Any) -> None:
+            half.attentions[number] = output
+
+        return record
 
     def key(_module: object, inputs: tuple[Any, ...]) -> None:
         half.key = inputs[0]
@@ -65,7 +70,10 @@ def recorded_halfway(model: EditableModel, layer: int) -> Iterator[Halfway]:
     with ExitStack() as stack:
         for handle in (
             model.blocks[layer].register_forward_hook(block_input),
-            model.attention(layer).register_forward_hook(attention_output),
+            *(
+                attention.register_forward_hook(attention_output(number))
+                for number, attention in enumerate(attentions)
+            ),
             model.down_projection(layer).register_forward_pre_hook(key),
         ):
             stack.callback(handle.remove)
@@ -99,9 +107,7 @@ def finish_block(
         return output
 
     with ExitStack() as stack:
-        stack.enter_context(
-            forward_replaced(model.attention(layer), lambda *_args, **_kwargs: half.attention)
-        )
+        stack.enter_context(attentions_given(model, layer, half.attentions))
         stack.enter_context(forward_replaced(mlp or down_projection, finish))
         return model.run(
             half.hidden, first=layer, stop=layer + 1, masks=masks, position_ids=position_ids
@@ -109,9 +115,42 @@ def finish_block(
 
 
 def attention_states(half: Halfway) -> Tensor:
-    """What a block's attention put out: (rows, tokens, d)."""
-    states: Tensor = half.attention[0] if isinstance(half.attention, tuple) else half.attention
+    """What a block's attention to its own tokens put out: (rows, tokens, d)."""
+    return _states(half.attentions[0])
+
+
+def attentions_at(half: Halfway, place: Tensor) -> list[Any]:
+    """What a block's attention modules return for some tokens, each in a row of its own.
+
+    Args:
+        half: the block.
+        place: (n,) int64 indices into rows * tokens.
+    """
+    return [_at(output, place) for output in half.attentions]
+
+
+def _at(output: Any, place: Tensor) -> Any:
+    chosen = _states(output).flatten(0, 1)[place][:, None]
+    # What attention modules return besides (weights, biases) is not used by their blocks.
+    return (chosen, *[None] * (len(output) - 1)) if isinstance(output, tuple) else chosen
+
+
+def _states(output: Any) -> Tensor:
+    states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
+
+
+@contextmanager
+def attentions_given(model: EditableModel, layer: int, outputs: Sequence[Any]) -> Iterator[None]:
+    """Let a block's attention modules return these while the context is open, in their order."""
+
+    def giving(output: Any) -> Any:
+        return lambda *_args, **_kwargs: output
+
+    with ExitStack() as stack:
+        for attention, output in zip(model.attentions(layer), outputs, strict=True):
+            stack.enter_context(forward_replaced(attention, giving(output)))
+        yield
 
 
 def run_from_attention(
@@ -145,11 +184,8 @@ def run_from_attention(
         changed.append(output + added.reshape(output.shape))
         return changed[0]
 
-    def given(*_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
-        return attention, None
-
     with ExitStack() as stack:
-        stack.enter_context(forward_replaced(model.attention(layer), given))
+        stack.enter_context(attentions_given(model, layer, [(attention, None)]))
         stack.callback(down_projection.register_forward_hook(change).remove)
         output = model.run(
             hidden, first=layer, stop=layer + 1, masks=masks, position_ids=position_ids

@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -141,12 +142,16 @@ def auto_class(config: Any) -> Any:
 def load_encoder(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     """Load an encoder of texts from safetensors onto a device, in evaluation mode.
 
+    Of an encoder-decoder model it is the encoder alone.
+
     Raises:
         InputError: there is none.
     """
     transformers_logging.disable_progress_bar()
     with _loading(repr(spec.path)):
-        model: PreTrainedModel = AutoModel.from_pretrained(
+        has_decoder = is_encoder_decoder(load_config(spec))
+        kind: Any = AutoModelForTextEncoding if has_decoder else AutoModel
+        model: PreTrainedModel = kind.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=False,

@@ -8,7 +8,7 @@ Shapes: N prompts, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 
 from pipeline.errors import InputError
 from pipeline.models.caches import GrowingCache
+from pipeline.models.masks import plain_segments
 
 if TYPE_CHECKING:
     from pipeline.models.editable import EditableModel
@@ -95,7 +96,8 @@ class RoutedLogits(LogitsProcessor):
             is multiplied for beams or samples, its copies stand side by side, as transformers puts
             them.
         rows: the prompts' ids, without padding.
-        width: columns of the batch, padding included.
+        width: columns of the batch before the first token that is generated, padding included; of
+            an encoder-decoder model the decoder's.
     """
 
     def __init__(self, routes: Routes, rows: Sequence[Sequence[int]], width: int) -> None:
@@ -105,6 +107,7 @@ class RoutedLogits(LogitsProcessor):
         self._cache = GrowingCache()
         self._seen: Tensor | None = None
         self._real: Tensor | None = None
+        self._encoded: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores of the next token, (rows, V); arguments as transformers gives them."""
@@ -122,6 +125,8 @@ class RoutedLogits(LogitsProcessor):
 
     def _next(self, numbers: Sequence[int], new: Tensor) -> Tensor:
         """The second model's logits behind its prompts and the tokens generated so far."""
+        if self._routes.model.has_encoder:
+            return self._answered(numbers, new)
         goes_on = self._seen is not None and torch.equal(new[:, :-1], self._seen)
         self._seen = new
         if not goes_on:
@@ -133,6 +138,23 @@ class RoutedLogits(LogitsProcessor):
         last = new[:, -1:].to(self._real.device)
         self._real = torch.cat([self._real, torch.ones_like(last, dtype=torch.bool)], dim=1)
         return self._run(last, self._real)
+
+    @torch.inference_mode()
+    def _answered(self, numbers: Sequence[int], new: Tensor) -> Tensor:
+        """The same of a second model whose encoder reads the prompts, which it does once."""
+        model, count = self._routes.model, len(new)
+        start, new = model.answers.start, new.to(model.input_device)
+        assert start is not None, "a decoder's answers have one"
+        ids = torch.cat([new.new_full((count, 1), start), new], dim=1)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        sources = [self._rows[number] for number in numbers]
+        lengths = torch.full((count,), ids.shape[1], device=ids.device)
+        segments = plain_segments(lengths, ids.shape[1])
+        masks = model.masks(positions, segments, sources=sources)
+        masks = model.ready(replace(masks, states=self._encoded))
+        self._encoded = masks.states
+        states = model.final(None, first=0, masks=masks, position_ids=positions, input_ids=ids)
+        return model.logits(states[:, -1])
 
     def _padded(self, numbers: Sequence[int], new: Tensor) -> tuple[Tensor, Tensor]:
         """Whole rows, padded on the left, and where they are real."""

@@ -64,10 +64,14 @@ class ModelSize:
         """Blocks above `layer`."""
         return sum(self.blocks[layer + 1 :])
 
+    def source_up_to(self, layer: int) -> int:
+        """What a token that the encoder reads is multiplied by, for blocks 0 to `layer`."""
+        return self.encoder + sum(self.crossing[: layer + 1])
+
     @property
     def source(self) -> int:
         """What a token that the encoder reads is multiplied by."""
-        return self.encoder + sum(self.crossing)
+        return self.source_up_to(len(self.crossing) - 1)
 
 
 def _entries(module: nn.Module) -> int:
@@ -145,7 +149,7 @@ def gradient_flops(
         read = target * len(edit.rewrites)
         a_pass = (above - size.mlps[-1]) * tokens + (size.mlps[-1] + size.unembedding) * read
         total += 2.0 * below * tokens + 4.0 * passes * a_pass
-        once = size.encoder + sum(size.crossing[:layer])
+        once = size.source_up_to(layer - 1)
         total += 2.0 * source * (once + passes * sum(size.crossing[layer:]))
     return total
 
@@ -191,11 +195,13 @@ def patch_flops(
     """
     total, is_last = 0.0, layer == len(size.blocks) - 1
     for edit, count in zip(edits, patches, strict=True):
-        tokens = sum(len(row.ids) + len(edit.target) - 1 for row in edit.rewrites)
-        read = len(edit.target) * len(edit.rewrites)
+        tokens = sum(stem + len(edit.target) - 1 for stem in edit.stems)
+        source, read = sum(edit.sources), len(edit.target) * len(edit.rewrites)
         inside = 0.0 if is_last else (size.above(layer - 1) - size.mlps[-1]) * tokens
+        again = 0.0 if is_last else 2.0 * source * sum(size.crossing[layer:])
         a_step = inside + (size.mlps[-1] + size.unembedding) * read + count * query_entries
-        total += 2.0 * size.up_to(layer) * tokens + 4.0 * steps * a_step
+        once = size.up_to(layer) * tokens + size.source_up_to(layer) * source
+        total += 2.0 * once + steps * (4.0 * a_step + again)
     return total
 
 

@@ -232,6 +232,8 @@ def _adapter_work(
     steps = min(settings.steps, settings.least_steps + settings.check_every)
     patches = [min(len(edit.target), settings.max_patches) for edit in edits]
     entries = settings.memory_queries * model.hidden_size
+    # An encoder reads as much of a text as makes queries.
+    of_token = size.up_to(layer) + size.source_up_to(layer)
     total = patch_flops(size, edits, layer, steps, patches, entries)
     rounds = [[r for shard in shards for r in shard.items] for shards in plan.rounds.shards]
     cut = [cut_shards(items, method.edits_of_a_piece) for items in rounds]
@@ -240,7 +242,7 @@ def _adapter_work(
         _evaluation(plan, model, size, tokenizer),
         steps=steps,
         gradients=_pieces([total / len(edits)], counts),
-        memory=(Pieces((2.0 * size.up_to(layer) * method.num_queries,)),),
+        memory=(Pieces((2.0 * of_token * method.num_queries,)),),
     )
 
 

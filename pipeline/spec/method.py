@@ -60,7 +60,9 @@ PIECEWISE_METHODS = frozenset({"t_patcher"})
 """Methods that make an adapter of each edit by itself."""
 ADAPTER_METHODS = PIECEWISE_METHODS | {"calinet"}
 """Methods that put modules beside the weights, which stay as they are."""
-ENCODER_DECODER_METHODS = frozenset({"ft", "ultraedit"})
+ENCODER_DECODER_METHODS = frozenset(
+    {"ft", "ultraedit", "mend", "malmen", "ke", "t_patcher", "calinet", "serac"}
+)
 """Methods that edit encoder-decoder models. Those in closed form and kn cannot: they write, or look
 for, at a token of the prompt what the answer reads behind it in the same stream of tokens."""
 MEMORY_METHODS = frozenset({"serac"})

@@ -70,7 +70,8 @@ class SeracSpec(TrainedSpec):
 
     classifier: Place | None = None
     """Encoder of the scope classifier: local directory or hub id of one whose first token's state
-    is the embedding (DistilBERT, as published). Null copies the edited model's own first blocks."""
+    is the embedding (DistilBERT, as published), or a T5, of whose encoder the mean state is. Null
+    copies the edited model's own first blocks, those of its encoder where it has one."""
     classifier_blocks: Positive = 2
     """How many of them, where `classifier` is null."""
     embedding_size: Positive = 128

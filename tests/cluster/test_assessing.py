@@ -16,6 +16,7 @@ from pipeline.report.page import write_report
 from pipeline.requests import EditRequest
 from pipeline.results import Run, read
 from pipeline.spec import JobSpec
+from tests import encoder_decoders
 from tests.cases import EDITS, case
 from tests.tiny_jobs import TinyJobs, records
 
@@ -50,6 +51,23 @@ def test_probabilities_are_those_of_plain_passes(family: str, read_: Any) -> Non
         own, *others = (_plain(family, text, wanted, tokens) for text in texts)
         assert one.probability == pytest.approx(own, rel=1e-4)
         assert one.contrastive == pytest.approx(others, rel=1e-4)
+
+
+@pytest.mark.parametrize("read_", ["object", "first_token"])
+@pytest.mark.parametrize("kind", encoder_decoders.KINDS)
+def test_a_decoders_probabilities_are_those_of_its_whole_answer(kind: str, read_: Any) -> None:
+    model, words = encoder_decoders.case(kind), encoder_decoders.tokenizer()
+    texts = ("The mother tongue of Oduya is", "Oduya is in the")
+    (found,) = assess(model, words, [texts], ["Port Velmora"], read_, 256)
+    labels = words("Port Velmora", return_tensors="pt")["input_ids"]
+    expected = []
+    for text in texts:
+        asked = words(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            likely = model.model(input_ids=asked, labels=labels).logits[0].log_softmax(-1)
+        of_tokens = likely.gather(1, labels[0][:, None])[:, 0].exp()
+        expected.append(float(of_tokens.prod() if read_ == "object" else of_tokens[0]))
+    assert [found.probability, *found.contrastive] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_ratio_and_its_smoothing() -> None:

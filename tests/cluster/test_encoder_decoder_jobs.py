@@ -10,7 +10,6 @@ from transformers import AutoModelForSeq2SeqLM
 
 from pipeline import apply_updates, export_model, factworld, run_batch_edit, run_sequential
 from pipeline.cli import main
-from pipeline.cluster.engine import Call, InProcessEngine
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.tracing import run_trace
 from pipeline.errors import InputError
@@ -22,7 +21,7 @@ from tests import encoder_decoders
 from tests.cases import relative_error
 from tests.oracles import encoder_decoder as oracle
 from tests.oracles.memit import Edit
-from tests.tiny_jobs import TinyJobs, changed, digests, records
+from tests.tiny_jobs import TinyJobs, changed, digests, records, stopped_after
 
 KINDS = list(encoder_decoders.KINDS)
 LAYERS = [1, 3]
@@ -97,7 +96,7 @@ def test_a_batch_is_tuned_scored_saved_and_taken_back(
         (
             ["method={name: memit, layers: [1]}"],
             r"method.name: memit edits decoder-only models, and .* is an encoder-decoder model;"
-            r" take one of ft, ultraedit$",
+            r" take one of calinet, ft, ke, malmen, mend, serac, t_patcher, ultraedit$",
         ),
         (["method={name: rome, layers: [1]}"], "method.name: rome edits decoder-only models"),
         (["method={name: kn}"], "method.name: kn edits decoder-only models"),
@@ -141,18 +140,9 @@ def test_a_plan_counts_the_encoder_once(
     assert 0 < one < two < four
     assert four - two == pytest.approx(2 * (two - one), rel=1e-6)
     assert one > 1.2 * (two - one)  # what runs once, of which the encoder is the most
-
-
-def _stopped_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit, left = InProcessEngine.submit, [calls]
-
-    def counted(self: InProcessEngine, worker: int, method: str, *a: Any, **k: Any) -> Call:
-        left[0] -= method in ("gradients", "apply", "evaluate")
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return submit(self, worker, method, *a, **k)
-
-    monkeypatch.setattr(InProcessEngine, "submit", counted)
+    patched = "method={name: t_patcher, layers: [2], t_patcher: {steps: %d, memory_queries: 9}}"
+    hundred, more, most = (seconds(patched % steps) for steps in (50, 75, 100))
+    assert 0 < hundred < more < most and most - more == pytest.approx(more - hundred, rel=1e-6)
 
 
 def _bits(run: Run) -> dict[str, Any]:
@@ -172,7 +162,7 @@ def test_stopped_and_resumed_a_study_has_the_same_bits(
     expected = _bits(job("whole"))
     for number, calls in enumerate((2, 6)):
         with monkeypatch.context() as patch:
-            _stopped_after(calls, patch)
+            stopped_after(calls, patch)
             with pytest.raises(KeyboardInterrupt):
                 job(str(number))
         assert _bits(job(str(number))) == expected

@@ -11,10 +11,11 @@ from pipeline.editing.adapter_rows import AdapterRows
 from pipeline.editing.adapters import NeuronBank
 from pipeline.editing.patches import PatchSettings, activation_loss, memory_losses, positive_mean
 from pipeline.editing.patching import PatchedEdit, QueryMemory, train_patches
-from pipeline.editing.queries import ffn_queries
+from pipeline.editing.queries import ffn_queries, queries_of
 from pipeline.editing.update import EditedWeights
 from tests import families
 from tests.cases import EDITS, Case, case, draw, fresh, relative_error, token_rows
+from tests.encoder_decoders import Behind
 from tests.oracles import patches as oracle
 
 FAMILY_NAMES = ["gpt2", "gptj", "llama", "qwen2", "gemma2", "gpt_neox"]
@@ -24,7 +25,7 @@ TWO = EDITS[:2]
 
 
 def _memory(tiny: Case, layer: int = LAST) -> QueryMemory:
-    queries = ffn_queries(tiny.editable, layer, token_rows(4), 1024)
+    queries = ffn_queries(tiny.editable, layer, token_rows(4, below=300), 1024)
     return QueryMemory((queries[:20], queries[20:40]), (queries[40:60],))
 
 
@@ -42,14 +43,16 @@ def _oracle(tiny: Case, edit: int, layer: int, settings: PatchSettings) -> oracl
     memory = torch.cat(_memory(tiny, layer).trained)
     generator = torch.Generator().manual_seed(edit)
     up, editable = tiny.editable.up_projection(layer), tiny.editable
-    ids, target = list(prompt.rewrites[0].ids), list(prompt.target)
+    ids, target, model = list(prompt.rewrites[0].ids), list(prompt.target), tiny.model
+    if prompt.start is not None:
+        model, ids = Behind(editable.model, ids), [prompt.start]
     sequence, logits = [*ids, *target[:-1]], None
-    _, logits = oracle.queries_of(tiny.model, up, sequence)
+    _, logits = oracle.queries_of(model, up, sequence)
     wrong = (logits[len(ids) - 1 :].argmax(1) != torch.tensor(target)).sum()
     shape = (min(int(wrong), settings.max_patches), editable.hidden_size)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
     activation = ACT2FN[editable.activation]
-    parts = tiny.model, up, editable.down_projection(layer), activation, ids, target
+    parts = model, up, editable.down_projection(layer), activation, ids, target
     return oracle.train(*parts, memory, drawn, asdict(settings), settings.steps)
 
 
@@ -58,7 +61,7 @@ def _agree(found: NeuronBank, expected: oracle.Patched) -> None:
         assert relative_error(part, getattr(expected, name)) < 2e-6, name
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", [*FAMILY_NAMES, "t5", "t5_gated"])
 def test_patches_are_those_of_the_plain_loop(family: str) -> None:
     tiny = case(family)
     for edit, found in enumerate(_train(tiny)):
@@ -79,10 +82,12 @@ def test_other_forms_are_those_of_the_plain_loop(settings: PatchSettings) -> Non
     _agree(found.bank, _oracle(tiny, 1, LAST, settings))
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_lower_blocks_are_patched_at_every_position(layer: int) -> None:
+@pytest.mark.parametrize(
+    ("layer", "family"), [(0, "llama"), (1, "llama"), (0, "t5"), (1, "t5_gated")]
+)
+def test_lower_blocks_are_patched_at_every_position(layer: int, family: str) -> None:
     """There a patch acts inside the prompt too, and later positions see what it did."""
-    tiny = case("llama")
+    tiny = case(family)
     (found,) = _train(tiny, layer=layer, edits=[1])
     _agree(found.bank, _oracle(tiny, 1, layer, FEW))
 
@@ -225,3 +230,23 @@ def test_queries_are_those_of_the_texts_one_by_one(family: str, layer: int) -> N
     found = ffn_queries(tiny.editable, layer, rows, 64)
     assert len(found) == sum(len(row) - 1 for row in rows)
     assert relative_error(found, torch.cat(expected)) < tiny.tolerance
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_gated"])
+def test_a_decoders_queries_are_of_the_second_halves_of_texts(family: str) -> None:
+    tiny, layer = case(family), LAST
+    rows = [[*row, 1] for row in token_rows(4, below=300)]
+    expected = []
+    for row in rows:
+        half = (len(row) - 1) // 2
+        behind = Behind(tiny.editable.model, [*row[:half], 1])
+        up = tiny.editable.up_projection(layer)
+        expected.append(oracle.queries_of(behind, up, [0, *row[half:-1]])[0])
+    found = ffn_queries(tiny.editable, layer, rows, 64)
+    assert relative_error(found, torch.cat(expected)) < tiny.tolerance
+    for row, queries in zip(rows, expected, strict=True):
+        assert abs(queries_of(len(row), tiny.editable.answers) - len(queries)) <= 0.5
+    # Cut off, a text has no end token of its own.
+    cut = [[*rows[0][:6]], [*rows[0][:6], 1]]
+    once, twice = (ffn_queries(tiny.editable, layer, [row], 64) for row in cut)
+    assert torch.equal(once, twice)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.editing.conditions import greedy
+from pipeline.editing.conditions import condition_of, greedy
+from pipeline.editing.locality import KeptRow
 from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
 from pipeline.methods import build_trainable, resolve_training
@@ -17,6 +18,7 @@ from pipeline.methods.trainable import Measured, Shapes, Trainer
 from pipeline.requests import EditRequest, LocalityProbe
 from pipeline.spec import parse_spec
 from tests.cases import EDITS, Case, case, relative_error, requests
+from tests.encoder_decoders import Behind
 from tests.oracles import hypernetworks as oracle
 
 LAYERS = (1, 3)
@@ -51,11 +53,10 @@ def _shapes(tiny: Case) -> Shapes:
 
 
 def _plain_loss(tiny: Case, trainable: HyperTrainable, examples: list[EditExample]) -> Any:
-    asked = [
-        (list(e.rewrites[0].ids), list(e.target)) for e in asked_rows(tiny.tokenizer, examples)
-    ]
-    rows = kept_rows(tiny.tokenizer, examples, max_tokens=64, answers_only=trainable.answers_only)
-    left = [(list(row.ids), range(row.places[0], row.places[-1] + 1)) for row in rows]
+    given = tiny.tokenizer, examples, tiny.editable.answers
+    asked = [(list(e.rewrites[0].ids), list(e.target)) for e in asked_rows(*given)]
+    rows = kept_rows(*given, max_tokens=64, answers_only=trainable.answers_only)
+    left = [_in_one_stream(row) for row in rows]
 
     def loss(updates: dict[int, Tensor]) -> Tensor:
         return oracle.edited_loss(
@@ -71,6 +72,14 @@ def _plain_loss(tiny: Case, trainable: HyperTrainable, examples: list[EditExampl
         )
 
     return loss
+
+
+def _in_one_stream(row: KeptRow) -> tuple[list[int], range]:
+    """Token ids and places; what an encoder reads stands in the place of the start token."""
+    before = [] if row.source is None else list(row.source)
+    own = list(row.ids) if row.source is None else list(row.ids[1:])
+    shift = max(0, len(before) - 1)
+    return [*before, *own], range(row.places[0] + shift, row.places[-1] + shift + 1)
 
 
 def _moved(trainer: Any, scale: float) -> Any:
@@ -89,8 +98,10 @@ def _moved(trainer: Any, scale: float) -> Any:
     ("name", "family"),
     [
         *(("mend", family) for family in ("gpt2", "gptj", "llama", "qwen2")),
+        ("mend", "t5_gated"),
         ("ke", "gpt2"),
         ("ke", "llama"),
+        ("ke", "t5"),
     ],
 )
 def test_a_batchs_gradients_are_those_of_autograd_through_the_edit(name: str, family: str) -> None:
@@ -124,7 +135,7 @@ def test_a_batchs_gradients_are_those_of_autograd_through_the_edit(name: str, fa
     assert total > 0 and weights.version == 0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_malmens_two_passes_are_autograd_through_the_edit(family: str) -> None:
     tiny, trainable = case(family), _trainable("malmen", batch_size=4)
     examples = _examples(4)
@@ -218,6 +229,39 @@ def test_the_models_own_answer_is_its_likeliest_tokens() -> None:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=3, pad_token_id=0
     )
     assert list(found) == expected[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_a_decoders_own_answer_goes_on_past_its_end() -> None:
+    """KE reads as many tokens of the old answer as the new one has."""
+    tiny = case("t5")
+    (edit,) = tiny.prompts(EDITS[1:2], ["{}"])
+    behind, ids = Behind(tiny.editable.model, edit.rewrites[0].ids), [0]
+    for _ in edit.target:
+        ids.append(int(behind(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert list(greedy(tiny.editable, edit.rewrites[0].ids, len(edit.target))) == ids[1:]
+    condition = condition_of(tiny.editable, edit)
+    table = tiny.editable.model.get_input_embeddings().weight
+    for found, expected in (
+        (condition.old, ids[1:]),
+        (condition.new, edit.target),
+        (condition.prompt, edit.rewrites[0].ids),
+    ):
+        assert torch.equal(found, table[list(expected)])
+
+
+def test_a_text_is_left_alone_by_the_decoder_behind_its_first_half() -> None:
+    tiny, examples = case("t5"), _examples(2)
+    rows = kept_rows(
+        tiny.tokenizer, examples, tiny.editable.answers, max_tokens=64, answers_only=False
+    )
+    answer = tiny.tokenizer("French and Dutch")["input_ids"]
+    prompt = tiny.tokenizer("The mother tongue of Oduya is")["input_ids"]
+    assert rows[0] == KeptRow((0, *answer[:-1]), tuple(range(len(answer))), tuple(prompt))
+    text = tiny.tokenizer("The river is long and")["input_ids"][:-1]
+    half = len(text) // 2
+    assert rows[1].source == (*text[:half], 1) and rows[1].ids == (0, *text[half:])
+    assert rows[1].places == tuple(range(len(text) - half + 1))
 
 
 def _request(number: int, **fields: Any) -> EditRequest:

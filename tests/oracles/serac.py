@@ -73,6 +73,36 @@ def answer_probabilities(
     return (1 - share) * first + share * second
 
 
+def decoder_logits(model: PreTrainedModel, source: list[int], answered: list[int]) -> Tensor:
+    """Of an encoder-decoder model, at every token that its decoder reads: (tokens, v)."""
+    ids = torch.tensor([[model.config.decoder_start_token_id, *answered]])
+    found: Tensor = model(input_ids=torch.tensor([source]), decoder_input_ids=ids).logits[0]
+    return found.double()
+
+
+def edit_texts(tokenizer: Any, edit: Stored) -> list[int]:
+    """Ids of an edit for an encoder-decoder model: two texts, each with its end."""
+    prompt, target = (tokenizer(text)["input_ids"] for text in edit)
+    return [*prompt, *target]
+
+
+@torch.no_grad()
+def decoder_probabilities(
+    base: PreTrainedModel,
+    h: PreTrainedModel,
+    tokenizer: Any,
+    query: str,
+    answered: list[int],
+    edit: Stored,
+    share: float,
+) -> Tensor:
+    """`answer_probabilities` of encoder-decoder models."""
+    ids = tokenizer(query)["input_ids"]
+    first = decoder_logits(base, ids, answered)[-1].softmax(-1)
+    second = decoder_logits(h, [*edit_texts(tokenizer, edit), *ids], answered)[-1].softmax(-1)
+    return (1 - share) * first + share * second
+
+
 def balanced_loss(positive: list[float], negative: list[float]) -> float:
     """From similarities: mean -log s over positives, plus mean -log(1 - s) over negatives."""
     return sum(-math.log(s) for s in positive) / len(positive) + sum(

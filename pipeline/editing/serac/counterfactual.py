@@ -1,7 +1,8 @@
 """The counterfactual model h: a small LM that answers a query given an edit (arXiv 2206.06520).
 
 Its input is "x_e y_e " + x. It has the edited model's tokenizer; the ids of the three pieces stand
-side by side, and text is never joined and segmented again.
+side by side, and text is never joined and segmented again. Of an encoder-decoder model h is one
+too: its encoder reads the three pieces, each with its end token.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import InputError
 from pipeline.models.editable import EditableModel
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.prompts import encode_targets, token_ids
 
 
@@ -30,7 +32,7 @@ class Counterfactual:
     def of(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int
     ) -> "Counterfactual":
-        """Take a causal LM as h.
+        """Take a language model as h.
 
         Args:
             vocab_size: the edited model's, whose logits h's stand in for.
@@ -38,7 +40,7 @@ class Counterfactual:
         Raises:
             InputError: h has another vocabulary.
         """
-        editable = EditableModel(model)
+        editable = editable_model(model)
         if editable.vocab_size != vocab_size:
             raise InputError(
                 f"the counterfactual model has a vocabulary of {editable.vocab_size} tokens, the"
@@ -48,8 +50,9 @@ class Counterfactual:
 
     def edit_ids(self, prompts: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
         """Token ids of "x_e y_e ", with the tokens that begin every text of this tokenizer."""
-        gap = token_ids(self.tokenizer, [" "], add_special_tokens=False)[0]
-        answers = encode_targets(self.tokenizer, targets)
+        form = self.model.answers
+        gap = [] if form.is_apart else token_ids(self.tokenizer, [" "], add_special_tokens=False)[0]
+        answers = encode_targets(self.tokenizer, targets, form)
         rows = token_ids(self.tokenizer, prompts)
         return [[*row, *answer, *gap] for row, answer in zip(rows, answers, strict=True)]
 

@@ -3,7 +3,7 @@
 Published, it is DistilBERT with the state of its first token. Any encoder of transformers can be
 named; where none is, the edited model's own embeddings and first blocks are copied, and a linear
 map of the mean state of a text is the embedding. That needs no download, and the names in a fact
-are already read together by these blocks.
+are already read together by these blocks. Of an encoder-decoder model they are the encoder's.
 
 Shapes: N texts, E size of an embedding.
 """
@@ -18,20 +18,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.editing.batching import token_batches
 from pipeline.errors import InputError
 from pipeline.models.anatomy import FAMILIES
+from pipeline.models.answers import is_encoder_decoder
 from pipeline.models.editable import EditableModel
-from pipeline.models.first_blocks import first_blocks
+from pipeline.models.first_blocks import first_blocks, first_encoder_blocks
 from pipeline.prompts import encode_targets, pad_token_id, token_ids
 
-Trunk = Literal["causal", "bidirectional"]
+Trunk = Literal["causal", "encoder", "bidirectional"]
 
 
 class TextEncoder(nn.Module):
     """Embeddings of texts; one text's does not depend on the others in its batch.
 
     Args:
-        trunk: a causal LM of a known family, of which all blocks run and states are averaged, or a
-            bidirectional encoder, whose first token's state is read. It is in evaluation mode, so
-            without dropout.
+        trunk: a causal LM of a known family, of which all blocks run, or the encoder of an
+            encoder-decoder model of one, whose states are averaged; or another bidirectional
+            encoder, whose first token's state is read. It is in evaluation mode, so without
+            dropout.
         tokenizer: the trunk's.
         head: maps the state to the embedding; None takes the state itself, as published.
     """
@@ -46,7 +48,7 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.trunk = trunk.eval()
         self.head = head
-        self.kind: Trunk = "causal" if trunk.config.model_type in FAMILIES else "bidirectional"
+        self.kind: Trunk = _kind(trunk)
         self._editable = EditableModel(trunk) if self.kind == "causal" else None
 
     @classmethod
@@ -66,7 +68,8 @@ class TextEncoder(nn.Module):
             size: E.
             seed: of the head.
         """
-        trunk = first_blocks(model, blocks).float()
+        copied = first_encoder_blocks if is_encoder_decoder(model.config) else first_blocks
+        trunk = copied(model, blocks).float()
         hidden = trunk.config.get_text_config().hidden_size
         drawn = torch.randn(size, hidden, generator=torch.Generator().manual_seed(seed))
         head = nn.Linear(hidden, size, bias=False)
@@ -99,8 +102,13 @@ class TextEncoder(nn.Module):
     def edit_ids(self, prompts: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
         """Token ids of edits: "prompt [SEP] target", and what the tokenizer ends every text with.
 
-        A causal trunk's are the prompt's and the target's, side by side.
+        A causal trunk's are the prompt's and the target's, side by side; so are those of an
+        encoder of an encoder-decoder model, to which both are whole texts.
         """
+        if self.kind == "encoder":
+            texts = [target.strip() for target in targets]
+            pairs = zip(self.query_ids(prompts), self.query_ids(texts), strict=True)
+            return [[*prompt, *target] for prompt, target in pairs]
         if self.kind == "causal":
             answers = encode_targets(self.tokenizer, targets)
             rows = self.query_ids(prompts)
@@ -124,7 +132,7 @@ class TextEncoder(nn.Module):
         if not rows:
             return torch.zeros(0, self.size, device=self.device)
         self._check_fit(rows)
-        states = self._causal(rows, max_tokens) if self._editable else self._first(rows, max_tokens)
+        states = self._causal(rows, max_tokens) if self._editable else self._both(rows, max_tokens)
         return states.float() if self.head is None else self.head(states.float())
 
     @torch.inference_mode()
@@ -150,7 +158,8 @@ class TextEncoder(nn.Module):
             order.append(batch.index)
         return torch.cat(means)[torch.cat(order).argsort().to(self.device)]
 
-    def _first(self, rows: Sequence[Sequence[int]], max_tokens: int) -> Tensor:
+    def _both(self, rows: Sequence[Sequence[int]], max_tokens: int) -> Tensor:
+        """Of trunks whose tokens see those before and behind them."""
         longest = max(len(row) for row in rows)
         step = max(1, max_tokens // longest)
         pad = pad_token_id(self.tokenizer)
@@ -159,10 +168,14 @@ class TextEncoder(nn.Module):
             some = [torch.tensor(row) for row in rows[start : start + step]]
             ids = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad)
             real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in some])[:, None]
-            output = self.trunk(
-                input_ids=ids.to(self.device), attention_mask=real.long().to(self.device)
-            )
-            states.append(output.last_hidden_state[:, 0])
+            real = real.to(self.device)
+            output = self.trunk(input_ids=ids.to(self.device), attention_mask=real.long())
+            found = output.last_hidden_state
+            if self.kind == "encoder":
+                total = found.masked_fill(~real[..., None], 0).sum(dim=1)
+                states.append(total / real.sum(dim=1, keepdim=True))
+            else:
+                states.append(found[:, 0])
         return torch.cat(states)
 
     def _check_fit(self, rows: Sequence[Sequence[int]]) -> None:
@@ -173,3 +186,10 @@ class TextEncoder(nn.Module):
                 f"a text of {longest} tokens is longer than the scope classifier's {limit}"
                 " positions; shorten the prompt or leave it out"
             )
+
+
+def _kind(trunk: PreTrainedModel) -> Trunk:
+    family = FAMILIES.get(trunk.config.model_type)
+    if family is None:
+        return "bidirectional"
+    return "causal" if family.encoder is None else "encoder"

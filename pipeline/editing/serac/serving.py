@@ -1,10 +1,11 @@
-"""A SERAC model to serve: called and generated with as the causal LM that it wraps."""
+"""A SERAC model to serve: called and generated with as the language model that it wraps."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.editing.batching import make_batch
@@ -13,6 +14,8 @@ from pipeline.models.routing import RoutedLogits, Router, Routes, mixed
 
 class SeracModel(nn.Module):
     """A plain causal LM whose prompts are looked up in an edit memory first.
+
+    (`SeracAnswerModel` is the same for an encoder-decoder model.)
 
     It has the LM's interface: `model(input_ids=...)` with the LM's own output, `model.generate`,
     and every other attribute of the LM. Rows that no edit holds get the LM's own numbers, to the
@@ -90,13 +93,17 @@ class SeracModel(nn.Module):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         routes = self._routes(input_ids, real)
         rows = [ids[kept].tolist() for ids, kept in zip(input_ids, real.bool(), strict=True)]
-        share = RoutedLogits(routes, rows, input_ids.shape[1])
+        share = RoutedLogits(routes, rows, self._begun(input_ids))
         return self.base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             logits_processor=LogitsProcessorList([share, *(logits_processor or ())]),
             **options,
         )
+
+    def _begun(self, input_ids: Tensor) -> int:
+        """Tokens of a generated row before the first new one."""
+        return input_ids.shape[1]
 
     def _routes(self, input_ids: Tensor, prompt: Tensor) -> Routes:
         rows = [ids[kept] for ids, kept in zip(input_ids, prompt.bool(), strict=True)]
@@ -130,3 +137,84 @@ class SeracModel(nn.Module):
             joint = mixed(logits[number, own], second.to(logits.device), share)
             logits[number, own] = joint.to(logits.dtype)
         return logits
+
+
+class SeracAnswerModel(SeracModel):
+    """A plain encoder-decoder model whose prompts are looked up in an edit memory first.
+
+    `input_ids` are the prompts, which decide; the decoder's tokens are those of the answers.
+
+    Args: as of `SeracModel`.
+    """
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Logits of whole answers, padded on the right; no gradients.
+
+        Args:
+            input_ids, attention_mask: (rows, tokens) of the prompts.
+            labels: (rows, tokens), -100 at padding; the output then has a loss.
+            decoder_input_ids: (rows, tokens); None makes them of the labels.
+            options: handed to the model.
+
+        Raises:
+            ValueError: there is no answer, or the rows go on from a cache: their answers'
+                beginnings cannot be seen.
+            InputError: the classifier cannot read a prompt.
+        """
+        if options.get("past_key_values") is not None:
+            raise ValueError("SeracModel reads whole rows; call generate() to go on from a prompt")
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("give labels or decoder_input_ids: whole answers are read")
+            decoder_input_ids = self.base.prepare_decoder_input_ids_from_labels(labels=labels)
+        output = self.base(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            **options,
+        )
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        routes = self._routes(input_ids, real)
+        if taken := routes.taken:
+            prompts = [ids[kept].tolist() for ids, kept in zip(input_ids, real.bool(), strict=True)]
+            second = _answers(routes, taken, prompts, decoder_input_ids[taken].tolist())
+            output.logits = _mixed_at(output.logits, second, routes, taken)
+        if labels is not None:
+            output.loss = cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+        return output
+
+    def _begun(self, input_ids: Tensor) -> int:
+        return 1
+
+
+def _answers(
+    routes: Routes, taken: list[int], prompts: Sequence[Sequence[int]], rows: Sequence[list[int]]
+) -> Tensor:
+    """h's logits at the decoder's tokens of some rows, (rows, tokens, v)."""
+    sources = [routes.row(number, prompts[number]) for number in taken]
+    batch = make_batch(routes.model, rows, range(len(rows)), sources)
+    states = routes.model.final(
+        None,
+        first=0,
+        masks=batch.masks,
+        position_ids=batch.positions,
+        input_ids=batch.ids,
+    )
+    return routes.model.logits(states)
+
+
+def _mixed_at(logits: Tensor, second: Tensor, routes: Routes, taken: list[int]) -> Tensor:
+    """Logits with h's share in the rows that it has one in."""
+    shares = routes.shares[taken].repeat_interleave(logits.shape[1]).to(logits.device)
+    joint = mixed(logits[taken].flatten(0, 1), second.flatten(0, 1).to(logits.device), shares)
+    logits = logits.clone()
+    logits[taken] = joint.view(len(taken), *logits.shape[1:]).to(logits.dtype)
+    return logits

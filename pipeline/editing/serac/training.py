@@ -20,7 +20,7 @@ from pipeline.editing.batching import token_batches
 from pipeline.editing.serac.counterfactual import Counterfactual
 from pipeline.editing.serac.editor import SeracEditor
 from pipeline.editing.serac.scope import all_distances, balanced_loss, distances, hardest
-from pipeline.editing.targets import TargetBatch, TargetRow
+from pipeline.editing.targets import TargetBatch, sources_of, target_row
 from pipeline.prompts import encode_targets, token_ids
 
 
@@ -114,14 +114,12 @@ def edit_losses(
     targets = [e.target for e in examples]
     edits = counterfactual.edit_ids([e.prompt for e in examples], targets)
     questions = token_ids(tokenizer, [e.inside for e in examples])
-    rows = []
-    for number, answer in enumerate(encode_targets(tokenizer, targets)):
-        prompt = counterfactual.behind(edits[number], questions[number])
-        last = len(prompt) - 1
-        places = tuple(range(last, last + len(answer)))
-        rows.append(TargetRow(number, (*prompt, *answer[:-1]), places, answer, 1.0))
+    rows, form = [], model.answers
+    for number, answer in enumerate(encode_targets(tokenizer, targets, form)):
+        prompt = tuple(counterfactual.behind(edits[number], questions[number]))
+        rows.append(target_row(number, prompt, answer, 1.0, form.start))
     order, found = [], []
-    for batch in token_batches(model, [row.ids for row in rows], max_tokens):
+    for batch in token_batches(model, [row.ids for row in rows], max_tokens, sources_of(rows)):
         targeted = TargetBatch.of(batch, rows, model.output_device)
         states = model.final(
             None,

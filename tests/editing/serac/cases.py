@@ -30,7 +30,7 @@ QUERIES = [
 ]
 
 
-SCALES = {"gpt2": 0.5, "llama": 0.3}
+SCALES = {"gpt2": 0.5, "llama": 0.3, "t5": 0.9, "t5_gated": 1.0}
 """With these, two of the queries are in scope of an edit and three are not."""
 
 
