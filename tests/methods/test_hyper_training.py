@@ -212,7 +212,7 @@ def test_a_trainer_goes_on_from_its_state_to_the_same_bits(name: str) -> None:
 def test_the_models_own_answer_is_its_likeliest_tokens() -> None:
     tiny = case("qwen2")
     prompt = tiny.tokenizer("The mother tongue of Anselm is")["input_ids"]
-    found = greedy(tiny.editable, prompt, 3)
+    found = greedy(tiny.editable, [prompt], [3])[0]
     ids = torch.tensor([prompt])
     expected = tiny.model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=3, pad_token_id=0
