@@ -210,9 +210,16 @@ def _condition() -> Condition:
     return Condition(draw(1, 6, seed=1), draw(2, 6, seed=2), draw(4, 6, seed=3))
 
 
-def _ke() -> KnowledgeEditorNetwork:
+def _ke(first_gate: float = 0.0) -> KnowledgeEditorNetwork:
     return KnowledgeEditorNetwork(
-        SIZES, 6, condition_size=7, hidden_size=5, lstm_size=4, max_scale=0.5, seed=0
+        SIZES,
+        6,
+        condition_size=7,
+        hidden_size=5,
+        lstm_size=4,
+        max_scale=0.5,
+        first_gate=first_gate,
+        seed=0,
     ).double()
 
 
@@ -246,6 +253,15 @@ def test_kes_update_is_the_gated_gradient() -> None:
     scale = 0.5 * torch.sigmoid(torch.tensor(0.7).double())
     assert torch.allclose(found, 2.0 * scale * factors.matrix(1))
     assert float(updated(6.0, -800.0).abs().max()) == 0.0
+
+
+def test_kes_first_gate_is_added_to_the_gradients_factors_and_to_nothing_else() -> None:
+    plain, moved = _ke(), _ke(-1.0)
+    read = plain.read(_condition())
+    for layer in SIZES:
+        before, after = (n.gates[str(layer)](read).split([5, 3, 5, 3, 1]) for n in (plain, moved))
+        assert torch.allclose(after[0], before[0] - 1.0)
+        assert all(map(torch.equal, after[1:], before[1:]))
 
 
 @pytest.mark.parametrize("name", ["mend", "ke"])

@@ -32,6 +32,7 @@ class KnowledgeEditorNetwork(HyperNetwork):
         hidden_size: hidden units of each matrix's network.
         lstm_size: hidden units of the LSTM, in each direction.
         max_scale: bound of the scale.
+        first_gate: what is added to the bias of a; below 0 the editor begins down the gradient.
         seed: draws the parameters.
     """
 
@@ -44,6 +45,7 @@ class KnowledgeEditorNetwork(HyperNetwork):
         hidden_size: int,
         lstm_size: int,
         max_scale: float,
+        first_gate: float,
         seed: int,
     ) -> None:
         super().__init__()
@@ -63,6 +65,9 @@ class KnowledgeEditorNetwork(HyperNetwork):
                     for layer, size in sizes.items()
                 }
             )
+        with torch.no_grad():
+            for layer, (_, inputs) in sizes.items():
+                self.gates[str(layer)][-1].bias[:inputs] += first_gate  # type: ignore[index]
 
     @torch.no_grad()
     def edit(self, factors: Factors) -> dict[int, Update]:
