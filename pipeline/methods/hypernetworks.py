@@ -90,7 +90,7 @@ class KnowledgeEditor(TrainedMethod):
             hidden_size=own.hidden_size,
             lstm_size=own.lstm_size,
             max_scale=own.max_scale,
-            first_gate=own.first_gate,
+            begins=own.begins,
             seed=seed,
         )
 
