@@ -16,26 +16,41 @@ class ConditionedGradients(TargetGradients):
     """Factors of edits with their conditions; the prompt is that behind the first context."""
 
     def factors(self, tokens: Tokens) -> Factors:
-        conditions = tuple(condition_of(self.model, edit) for edit in self.edits)
-        return replace(super().factors(tokens), conditions=conditions)
+        return replace(super().factors(tokens), conditions=conditions_of(self.model, self.edits))
+
+    def factors_apart(self, tokens: Tokens, size: int) -> list[Factors]:
+        conditions = conditions_of(self.model, self.edits)
+        return [
+            replace(found, conditions=conditions[number * size : (number + 1) * size])
+            for number, found in enumerate(super().factors_apart(tokens, size))
+        ]
+
+
+def conditions_of(model: EditableModel, edits: Sequence[EditPrompts]) -> tuple[Condition, ...]:
+    """Edits with the model's own answers, each as many tokens as the new one has."""
+    prompts = [edit.rewrites[0].ids for edit in edits]
+    answers = greedy(model, prompts, [len(edit.target) for edit in edits])
+    return tuple(
+        Condition(*(_embedded(model, ids) for ids in (old, edit.target, prompt)))
+        for old, edit, prompt in zip(answers, edits, prompts, strict=True)
+    )
 
 
 @torch.no_grad()
-def condition_of(model: EditableModel, edit: EditPrompts) -> Condition:
-    """An edit with the model's own answer, as many tokens as the new one has."""
-    prompt = edit.rewrites[0].ids
-    old = greedy(model, prompt, len(edit.target))
-    return Condition(*(_embedded(model, ids) for ids in (old, edit.target, prompt)))
+def greedy(
+    model: EditableModel, prompts: Sequence[Sequence[int]], counts: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The likeliest next token of each prompt, as many times as `counts` says for it.
 
-
-@torch.no_grad()
-def greedy(model: EditableModel, prompt: Sequence[int], count: int) -> tuple[int, ...]:
-    """The likeliest next token, `count` times; an encoder-decoder model's go on past its end."""
+    An encoder-decoder model's go on past its end token.
+    """
     start = model.answers.start
-    ids, sources = (list(prompt), None) if start is None else ([start], [prompt])
-    begun = len(ids)
-    for _ in range(count):
-        batch = make_batch(model, [ids], [0], sources)
+    rows = [list(prompt) if start is None else [start] for prompt in prompts]
+    sources = None if start is None else prompts
+    begun = [len(row) for row in rows]
+    for made in range(max(counts)):
+        left = [number for number, count in enumerate(counts) if count > made]
+        batch = make_batch(model, rows, left, sources)
         states = model.final(
             None,
             first=0,
@@ -44,10 +59,12 @@ def greedy(model: EditableModel, prompt: Sequence[int], count: int) -> tuple[int
             input_ids=batch.ids,
             read=batch.last,
         )
-        ids.append(int(model.logits(states)[0].argmax()))
-    return tuple(ids[begun:])
+        for number, token in zip(left, model.logits(states).argmax(-1).tolist(), strict=True):
+            rows[number].append(token)
+    return [tuple(row[first:]) for row, first in zip(rows, begun, strict=True)]
 
 
+@torch.no_grad()
 def _embedded(model: EditableModel, ids: Sequence[int]) -> Tensor:
     table = model.model.get_input_embeddings()
     found: Tensor = table(torch.tensor(ids, device=model.input_device))

@@ -8,7 +8,7 @@ looked for, so what they put out is kept; so is what an encoder puts out.
 Shapes: N edits, R tokens whose factors are taken, F key size, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.editing.batching import TokenBatch, token_batches
 from pipeline.editing.targets import Read, TargetBatch, sources_of, target_rows
-from pipeline.models.editable import EditableModel
+from pipeline.models.editable import EditableModel, forward_replaced
 from pipeline.prompts import EditPrompts
 
 Tokens = Literal["all", "target"]
@@ -136,6 +136,7 @@ class RowGradients(Generic[B]):
         self.model, self.layers, self.keeps = model, layers, keeps
         self._numbers, self._count = numbers, count
         self._packs: list[_Pack[B]] = [_Pack(batch) for batch in batches]
+        self._apart: tuple[Mapping[int, Tensor], int] = {}, 1
 
     @property
     def num_bytes(self) -> int:
@@ -149,20 +150,59 @@ class RowGradients(Generic[B]):
 
     def factors(self, tokens: Tokens) -> Factors:
         """Run all rows forwards and backwards."""
+        losses, rows = self._rows(tokens)
+        return Factors(
+            losses,
+            {layer: keys for layer, (keys, _, _) in rows.items()},
+            {layer: gradients for layer, (_, gradients, _) in rows.items()},
+        )
+
+    def factors_apart(self, tokens: Tokens, size: int) -> list[Factors]:
+        """The same in one go for every `size` things in a row, which `count` is a multiple of."""
+        losses, rows = self._rows(tokens)
+        found = []
+        for start in range(0, self._count, size):
+            chosen = {
+                layer: (numbers >= start) & (numbers < start + size)
+                for layer, (_, _, numbers) in rows.items()
+            }
+            found.append(
+                Factors(
+                    losses[start : start + size],
+                    {layer: keys[chosen[layer]] for layer, (keys, _, _) in rows.items()},
+                    {layer: grown[chosen[layer]] for layer, (_, grown, _) in rows.items()},
+                )
+            )
+        return found
+
+    def _rows(self, tokens: Tokens) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor, Tensor]]]:
+        """All things' losses, and each layer's keys, gradients and whose they are, (R,) int64."""
         losses = torch.zeros(self._count, dtype=torch.float64)
-        keys: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-        gradients: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {k: [] for k in self.layers}
         for pack in self._packs:
             of_rows, found = self._backward(pack, tokens)
             losses.index_add_(0, self._numbers_of(pack), of_rows)
-            for layer, (key, gradient) in found.items():
-                keys[layer].append(key)
-                gradients[layer].append(gradient)
-        return Factors(
-            losses,
-            {layer: torch.cat(parts) for layer, parts in keys.items()},
-            {layer: torch.cat(parts) for layer, parts in gradients.items()},
-        )
+            for layer, part in found.items():
+                parts[layer].append(part)
+        joined = {
+            layer: tuple(torch.cat(side) for side in zip(*found, strict=True))
+            for layer, found in parts.items()
+        }
+        return losses, joined  # type: ignore[return-value]
+
+    @contextmanager
+    def weights_apart(self, weights: Mapping[int, Tensor], size: int) -> Iterator[None]:
+        """Let every `size` things in a row have weights of their own for a while.
+
+        Args:
+            weights: layer -> (count / size, D, F), in the model's type and on the layer's device.
+            size: see above.
+        """
+        self._apart = weights, size
+        try:
+            yield
+        finally:
+            self._apart = {}, 1
 
     @torch.no_grad()
     def read(self, of: Callable[[B, Tensor], Tensor]) -> Tensor:
@@ -189,40 +229,74 @@ class RowGradients(Generic[B]):
     def _final(self, pack: _Pack[B]) -> Tensor:
         """Normed hidden states where a batch is read."""
         batch, (masks, entered) = pack.of.batch, self._entered(pack)
-        return self.model.final(
-            entered,
-            first=self.layers[0],
-            masks=masks,
-            position_ids=batch.positions,
-            input_ids=batch.ids if entered is None else None,
-            read=pack.of.read,
-        )
+        with self._own_weights(pack):
+            return self.model.final(
+                entered,
+                first=self.layers[0],
+                masks=masks,
+                position_ids=batch.positions,
+                input_ids=batch.ids if entered is None else None,
+                read=pack.of.read,
+            )
+
+    @contextmanager
+    def _own_weights(self, pack: _Pack[B]) -> Iterator[None]:
+        """Let every row of a batch have the weights of its own thing, if there are such."""
+        weights, size = self._apart
+        if not weights:
+            yield
+            return
+        owners = (self._numbers_of(pack) // size).tolist()
+        rows, width = pack.of.batch.ids.shape
+        read = torch.bincount(pack.of.read.cpu() // width, minlength=rows).tolist()
+
+        def forward_of(layer: int, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+            def forward(keys: Tensor) -> Tensor:
+                flat = keys.flatten(0, -2)
+                # The last block computes the states that are read alone.
+                counts = [width] * rows if len(flat) == rows * width else read
+                outputs = [
+                    nn.functional.linear(part, weights[layer][owner], bias)
+                    for part, owner in zip(flat.split(counts), owners, strict=True)
+                ]
+                return torch.cat(outputs).view(*keys.shape[:-1], -1)
+
+            return forward
+
+        with ExitStack() as stack:
+            for layer in weights:
+                module = self.model.down_projection(layer)
+                forward = forward_of(layer, getattr(module, "bias", None))
+                stack.enter_context(forward_replaced(module, forward))
+            yield
 
     def _backward(
         self, pack: _Pack[B], tokens: Tokens
-    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
-        """Losses of a batch's rows, and each layer's factors."""
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor, Tensor]]]:
+        """Losses of a batch's rows, and each layer's factors with whose they are."""
         with torch.enable_grad(), watched(self.model, self.layers) as seen:
             losses = pack.of.losses(self.model, self._final(pack))
             outputs = [seen[layer][1] for layer in self.layers]
             found = torch.autograd.grad(losses.sum(), outputs)
         factors = {
-            layer: self._chosen(seen[layer][0], gradient, pack.of, tokens)
+            layer: self._chosen(seen[layer][0], gradient, pack, tokens)
             for layer, gradient in zip(self.layers, found, strict=True)
         }
         return losses.detach().double().cpu(), factors
 
     def _chosen(
-        self, keys: Tensor, gradient: Tensor, of: B, tokens: Tokens
-    ) -> tuple[Tensor, Tensor]:
+        self, keys: Tensor, gradient: Tensor, pack: _Pack[B], tokens: Tokens
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Factors of the tokens that count; the last block computes those that are read alone."""
         keys, gradient = keys.flatten(0, -2), gradient.flatten(0, -2)
-        if len(keys) == of.batch.ids.numel():
-            place = of.read if tokens == "target" else of.batch.real.flatten()
+        batch, place = pack.of.batch, pack.of.read
+        if len(keys) == batch.ids.numel():
+            place = place if tokens == "target" else batch.real.flatten().nonzero().flatten()
             place = place.to(keys.device)
             keys, gradient = keys[place], gradient[place]
+        numbers = self._numbers_of(pack)[place.cpu() // batch.ids.shape[1]]
         wide = torch.promote_types(keys.dtype, torch.float32)
-        return keys.to(wide).cpu(), gradient.to(wide).cpu()
+        return keys.to(wide).cpu(), gradient.to(wide).cpu(), numbers
 
     @torch.no_grad()
     def _entered(self, pack: _Pack[B]) -> tuple[Any, Tensor | None]:

@@ -5,7 +5,7 @@ laid down and reverted by `EditedWeights`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -198,6 +198,16 @@ class EditedWeights:
             for layer, adapter in adapters.items():
                 self._attach(layer, adapter.kind)
 
+    @torch.no_grad()
+    def apart(self, layer: int, changes: Sequence[Tensor]) -> Tensor:
+        """What a layer's weight would be with each of N changes (D, F) alone: (N, D, F), as the
+        model has it."""
+        weight = self.model.oriented_weight(layer)
+        found = weight.new_empty(len(changes), *weight.shape)
+        for place, change in zip(found, changes, strict=True):
+            place.copy_(self._edited(layer, change))
+        return found
+
     def merge(self) -> None:
         """Write the adapters into the model's own weights, for good.
 
@@ -260,10 +270,13 @@ class EditedWeights:
 
     def _write(self, layer: int, more: Tensor | None = None) -> None:
         self._keep(layer)
-        pristine, total = self._pristine[layer], self._total.get(layer)
+        self.model.oriented_weight(layer).copy_(self._edited(layer, more))
+
+    def _edited(self, layer: int, more: Tensor | None) -> Tensor:
+        """A layer's weight with all that was added, and more."""
+        pristine, total = self._original(layer), self._total.get(layer)
         wide = torch.promote_types(pristine.dtype, torch.float32)
         if more is not None:
             more = more.to(device=pristine.device, dtype=wide)
             total = more if total is None else total + more
-        edited = pristine if total is None else pristine.to(wide) + total
-        self.model.oriented_weight(layer).copy_(edited)
+        return pristine if total is None else pristine.to(wide) + total

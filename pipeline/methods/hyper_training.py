@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.editing.gradients import Factors, TargetGradients
 from pipeline.editing.hypernetworks.network import HyperNetwork
 from pipeline.editing.locality import KeptGradients
+from pipeline.editing.normaliser import Moments
 from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
 from pipeline.methods.edit_examples import EditExample, asked_rows, draw_examples, kept_rows
 from pipeline.methods.hypernetworks import TrainedMethod, trained_method
-from pipeline.methods.module_training import ModuleTrainer
+from pipeline.methods.module_training import ModuleTrainer, add_gradients
 from pipeline.methods.trainable import (
     Contribution,
     Learner,
@@ -37,14 +38,17 @@ from pipeline.methods.trainable import (
     Trainable,
     Trainer,
 )
+from pipeline.models.editable import EditableModel
 from pipeline.prompts import tokenize_edits
 from pipeline.requests import EditRequest
 from pipeline.spec import JobSpec
 
-# Tokens in one pass with gradients, and edits of a batch that is shared out.
-_MAX_TOKENS, _EDITS_OF_A_PIECE = 2048, 16
+# Tokens in one pass with gradients, edits that a worker is given at once, and bytes of the weights
+# that these have each for itself.
+_MAX_TOKENS, _EDITS_OF_A_PIECE, _BYTES_APART = 2048, 16, 2**29
 _OWN = frozenset({"editor", "editor_sha256"})
 
+T = TypeVar("T")
 Build = Callable[[], HyperNetwork]
 
 
@@ -57,7 +61,7 @@ class Weights:
 
 
 class HyperTrainable(Trainable):
-    """A batch of edits is one worker's piece (MEND, KE)."""
+    """A piece is some batches, each of whose edits are made together (MEND, KE)."""
 
     answers_only = False
     """Whether, of a question to be left alone, only the answer's tokens count."""
@@ -79,8 +83,8 @@ class HyperTrainable(Trainable):
     ) -> list[tuple[Any, ...]]:
         assert self.train.batch_size is not None
         examples, size = draw_examples(requests, others, texts, generator), self.train.batch_size
-        starts = range(0, len(examples), size)
-        return [(tuple(examples[start : start + size]),) for start in starts]
+        batches = [tuple(part) for part in _cut(examples, size)]
+        return [tuple(part) for part in _cut(batches, max(1, _EDITS_OF_A_PIECE // size))]
 
     def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:
         return BatchLearner(self, weights, tokenizer)
@@ -169,11 +173,18 @@ class EditLosses:
     def slopes(self, counts: Weights) -> tuple[dict[str, float], dict[int, Tensor]]:
         """Measures summed over the examples, and the loss' gradient in each weight, (D, F)."""
         asked, left = self._asked.factors("all"), self._left.factors("all")
-        slopes = {
-            layer: counts.edit * asked.matrix(layer) + counts.locality * left.matrix(layer)
-            for layer in asked.keys
-        }
-        return _measures(asked.losses.sum(), left.losses.sum(), counts), slopes
+        return _measures(asked.losses.sum(), left.losses.sum(), counts), _slopes(
+            asked, left, counts
+        )
+
+    def slopes_apart(
+        self, counts: Weights, size: int
+    ) -> tuple[dict[str, float], list[dict[int, Tensor]]]:
+        """Measures summed over the examples, and the gradients of every `size` in a row."""
+        both = [rows.factors_apart("all", size) for rows in (self._asked, self._left)]
+        edit, locality = (torch.cat([part.losses for part in parts]).sum() for parts in both)
+        slopes = [_slopes(asked, left, counts) for asked, left in zip(*both, strict=True)]
+        return _measures(edit, locality, counts), slopes
 
     def measures(self, counts: Weights) -> dict[str, float]:
         """Measures summed over the examples, with how many edits succeed."""
@@ -182,6 +193,19 @@ class EditLosses:
         left = self._left.read(lambda batch, states: batch.losses(model, states)[:, None])
         succeeded = float((asked[:, 1] == 0).sum())
         return {**_measures(asked[:, 0].sum(), left.sum(), counts), "success": succeeded}
+
+    @contextmanager
+    def tried(self, weights: Mapping[int, Tensor], size: int) -> Iterator[None]:
+        """Let every `size` examples in a row have weights of their own for a while."""
+        with self._asked.weights_apart(weights, size), self._left.weights_apart(weights, size):
+            yield
+
+
+def _slopes(asked: Factors, left: Factors, counts: Weights) -> dict[int, Tensor]:
+    return {
+        layer: counts.edit * asked.matrix(layer) + counts.locality * left.matrix(layer)
+        for layer in asked.keys
+    }
 
 
 def _measures(edit: Tensor, locality: Tensor, counts: Weights) -> dict[str, float]:
@@ -193,7 +217,7 @@ def _measures(edit: Tensor, locality: Tensor, counts: Weights) -> dict[str, floa
 
 
 class BatchLearner(Learner):
-    """Makes a batch's update, tries it, and says what the network should have done.
+    """Makes the updates of batches, tries each, and says what the network should have done.
 
     Args: as of `Trainable.learner`.
     """
@@ -214,34 +238,71 @@ class BatchLearner(Learner):
             )
         keys = {layer: model.key_size(layer) for layer in weights.layers}
         self.network = trainable.network(Shapes(model.hidden_size, keys)).to(model.output_device)
+        size = 4 * model.hidden_size * sum(keys.values())
+        self._at_once = max(1, _BYTES_APART // size)
 
     def contribute(
         self, items: Sequence[Any], number: int, shared: Any, *, learns: bool
     ) -> Contribution:
-        (examples,) = items
         self.network.load_state_dict(shared["network"])
+        parts = [
+            self._contribute(batches, shared["weights"], learns=learns)
+            for batches in _cut(items, self._at_once)
+        ]
+        return _added(parts)
+
+    def _contribute(
+        self, batches: Sequence[Sequence[EditExample]], counts: Weights, *, learns: bool
+    ) -> Contribution:
+        """What some batches of one size say, with a pass for all of them."""
+        size = len(batches[0])
+        examples = [example for batch in batches for example in batch]
         losses = EditLosses(self.trainable, self.weights, self.tokenizer, examples)
-        factors = factors_of(self.trainable, self.weights, self.tokenizer, examples)
-        factors = factors.to(self.weights.model.output_device)
-        seen = self.network.seen_in(factors) if learns else {}
+        factors = self._factors_apart(examples, size)
+        seen = self.network.seen_in(Factors.joined(factors)) if learns else {}
         self.network.take(seen)
-        with self.tried(factors):
+        with losses.tried(self._edited(factors), size):
             if not learns:
-                return Contribution(len(examples), losses.measures(shared["weights"]))
-            measures, slopes = losses.slopes(shared["weights"])
-        with torch.enable_grad():
-            gradients = self.network.gradients(factors, slopes)
+                return Contribution(len(examples), losses.measures(counts))
+            measures, slopes = losses.slopes_apart(counts, size)
+        gradients: dict[str, Tensor] = {}
+        for pair in zip(factors, slopes, strict=True):
+            with torch.enable_grad():
+                add_gradients(gradients, self.network.gradients(*pair))
         rows = {name: moments.to("cpu") for name, moments in seen.items()}
         return Contribution(len(examples), measures, gradients, rows)
 
-    @contextmanager
-    def tried(self, factors: Factors) -> Iterator[None]:
-        """Let the model have what the network makes of some edits for a while."""
+    def _factors_apart(self, examples: Sequence[EditExample], size: int) -> list[Factors]:
+        rows = laid_out(self.trainable, self.weights.model, self.tokenizer, examples)
         device = self.weights.model.output_device
-        updates = self.network.edit(factors)
-        changes = {layer: update.matrix(device) for layer, update in updates.items()}
-        with self.weights.tried(changes):
-            yield
+        found = rows.factors_apart(self.trainable.method.tokens, size)
+        return [factors.to(device) for factors in found]
+
+    def _edited(self, factors: Sequence[Factors]) -> dict[int, Tensor]:
+        """Layer -> (N, D, F), the weights that the network gives each of N batches."""
+        updates = [self.network.edit(part) for part in factors]
+        device = self.weights.model.output_device
+        return {
+            layer: self.weights.apart(layer, [update[layer].matrix(device) for update in updates])
+            for layer in self.weights.layers
+        }
+
+
+def _added(parts: Sequence[Contribution]) -> Contribution:
+    """What parts of a piece say together."""
+    first, *others = parts
+    measures, gradients = dict(first.measures), dict(first.gradients)
+    rest: dict[str, Moments] = dict(first.rest or {})
+    for part in others:
+        measures = {name: total + part.measures[name] for name, total in measures.items()}
+        add_gradients(gradients, part.gradients)
+        for name, moments in (part.rest or {}).items():
+            rest[name] = rest[name].merged(moments) if name in rest else moments
+    return Contribution(sum(part.count for part in parts), measures, gradients, rest)
+
+
+def _cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def factors_of(
@@ -251,13 +312,22 @@ def factors_of(
     examples: Sequence[EditExample],
 ) -> Factors:
     """What some examples' edits say, as when they are edited."""
-    method, model = trainable.method, weights.model
+    rows = laid_out(trainable, weights.model, tokenizer, examples)
+    return rows.factors(trainable.method.tokens)
+
+
+def laid_out(
+    trainable: HyperTrainable,
+    model: EditableModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EditExample],
+) -> TargetGradients:
+    """Some examples' edits, laid out as when they are edited."""
     requests = [example.edit for example in examples]
     contexts = trainable.spec.method.contexts or ("{}",)
     edits = tokenize_edits(tokenizer, requests, contexts, model.answers)
-    laid_out = method.gradients(model, edits, _MAX_TOKENS, keeps=False)
-    found = method.factors(laid_out, weights, None)
-    assert isinstance(found, Factors), "networks read factors"
+    found = trainable.method.gradients(model, edits, _MAX_TOKENS, keeps=False)
+    assert isinstance(found, TargetGradients), "networks read the target's gradients"
     return found
 
 
@@ -317,8 +387,7 @@ class MalmenTraining(HyperTrainable):
                 "train.accumulate: malmen makes one batch a step; give a larger train.batch_size"
             )
         examples = draw_examples(requests, others, texts, generator)
-        starts = range(0, len(examples), _EDITS_OF_A_PIECE)
-        return [tuple(examples[start : start + _EDITS_OF_A_PIECE]) for start in starts]
+        return [tuple(part) for part in _cut(examples, _EDITS_OF_A_PIECE)]
 
     def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:
         return PieceLearner(self, weights, tokenizer)

@@ -90,6 +90,7 @@ class KnowledgeEditor(TrainedMethod):
             hidden_size=own.hidden_size,
             lstm_size=own.lstm_size,
             max_scale=own.max_scale,
+            begins=own.begins,
             seed=seed,
         )
 

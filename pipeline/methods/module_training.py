@@ -50,6 +50,13 @@ def gradients_of(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
     return {name: gradient.detach().cpu() for name, gradient in pairs if gradient is not None}
 
 
+def add_gradients(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add gradients to those that there are."""
+    for name, gradient in more.items():
+        before = total.get(name)
+        total[name] = gradient.clone() if before is None else before.add_(gradient)
+
+
 class ModuleTrainer(Trainer):
     """Holds a module and its optimiser, and keeps the parameters of the best measurement.
 
@@ -98,9 +105,7 @@ class ModuleTrainer(Trainer):
         self._count += part.count
         for name, measure in part.measures.items():
             self._measures[name] = self._measures.get(name, 0.0) + measure
-        for name, gradient in part.gradients.items():
-            before = self._gradients.get(name)
-            self._gradients[name] = gradient.clone() if before is None else before.add_(gradient)
+        add_gradients(self._gradients, part.gradients)
 
     def end(self) -> Measured:
         means = {name: total / self._count for name, total in self._measures.items()}

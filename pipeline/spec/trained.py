@@ -53,6 +53,9 @@ class KnowledgeEditorSpec(TrainedSpec):
     """Hidden units of the LSTM that reads the edit, in each direction."""
     max_scale: Annotated[Finite, Field(gt=0)] = 1.0
     """Bound of an update's scale."""
+    begins: Literal["random", "descent"] = "random"
+    """What it is before it is trained: gates as they are drawn (random, as published), or a plain
+    step of max_scale / 2 D down the gradient (descent), D the hidden size."""
     label_smoothing: Annotated[Finite, Field(ge=0, lt=1)] = 0.1
     """Share of the target's probability in the training's loss that all tokens have alike."""
     margin: Annotated[Finite, Field(gt=0)] = 1e-3

@@ -95,3 +95,33 @@ def test_a_change_that_is_tried_comes_on_top_of_what_was_applied() -> None:
     assert torch.equal(tiny.editable.oriented_weight(1), applied)
     weights.apply(1, second)
     assert torch.equal(tiny.editable.oriented_weight(1), tried)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gpt_neox"])
+@pytest.mark.parametrize(("layers", "max_tokens"), [((1, 3), 512), ((0, 2), 40)])
+def test_edits_with_weights_of_their_own_are_as_if_each_were_tried_alone(
+    family: str, layers: tuple[int, ...], max_tokens: int
+) -> None:
+    tiny = case(family)
+    weights, prompts = EditedWeights(tiny.editable, layers), tiny.prompts(EDITS[:4], CONTEXTS)
+    shapes = {layer: tiny.editable.oriented_weight(layer).shape for layer in layers}
+    changes = [
+        {k: 0.1 * draw(*shape, seed=seed) for k, shape in shapes.items()} for seed in range(2)
+    ]
+    own = {layer: weights.apart(layer, [change[layer] for change in changes]) for layer in layers}
+    gradients = TargetGradients(tiny.editable, prompts, layers, "target_tokens", max_tokens)
+    with gradients.weights_apart(own, 2):
+        found = gradients.factors_apart("all", 2)
+        read = gradients.read(lambda batch, states: batch.losses(tiny.editable, states)[:, None])
+    assert torch.allclose(read[:, 0], torch.cat([part.losses for part in found]), rtol=1e-5)
+    for start, change, part in zip((0, 2), changes, found, strict=True):
+        alone = TargetGradients(
+            tiny.editable, prompts[start : start + 2], layers, "target_tokens", max_tokens
+        )
+        with weights.tried(change):
+            expected = alone.factors("all")
+        assert torch.allclose(part.losses, expected.losses, rtol=max(tiny.tolerance, 1e-5))
+        for layer in layers:
+            assert relative_error(part.matrix(layer), expected.matrix(layer)) < tiny.tolerance
+    before = gradients.factors("all").losses
+    assert not torch.allclose(before, read[:, 0], rtol=1e-3)

@@ -1,6 +1,6 @@
 """The networks of MEND, MALMEN and KE against their plain forms and their algebra."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -210,9 +210,16 @@ def _condition() -> Condition:
     return Condition(draw(1, 6, seed=1), draw(2, 6, seed=2), draw(4, 6, seed=3))
 
 
-def _ke() -> KnowledgeEditorNetwork:
+def _ke(begins: Literal["random", "descent"] = "random") -> KnowledgeEditorNetwork:
     return KnowledgeEditorNetwork(
-        SIZES, 6, condition_size=7, hidden_size=5, lstm_size=4, max_scale=0.5, seed=0
+        SIZES,
+        6,
+        condition_size=7,
+        hidden_size=5,
+        lstm_size=4,
+        max_scale=0.5,
+        begins=begins,
+        seed=0,
     ).double()
 
 
@@ -246,6 +253,19 @@ def test_kes_update_is_the_gated_gradient() -> None:
     scale = 0.5 * torch.sigmoid(torch.tensor(0.7).double())
     assert torch.allclose(found, 2.0 * scale * factors.matrix(1))
     assert float(updated(6.0, -800.0).abs().max()) == 0.0
+
+
+def test_ke_can_begin_as_a_plain_step_down_the_gradient_and_learns_from_there() -> None:
+    network, factors = _ke("descent"), _factors()
+    factors = Factors(factors.losses[:1], factors.keys, factors.gradients, (_condition(),))
+    updates = network.updates(factors)
+    for layer, (outputs, _) in SIZES.items():
+        step = 0.5 / (2 * outputs)
+        assert torch.allclose(updates[layer], -step * factors.matrix(layer), rtol=1e-12)
+    slopes = {layer: draw(*size, seed=layer) for layer, size in SIZES.items()}
+    found = network.gradients(factors, slopes)
+    for layer in SIZES:
+        assert float(found[f"gates.{layer}.2.parametrizations.weight.original0"].norm()) > 0
 
 
 @pytest.mark.parametrize("name", ["mend", "ke"])

@@ -104,20 +104,27 @@ def _moved(trainer: Any, scale: float) -> Any:
         ("ke", "t5"),
     ],
 )
-def test_a_batchs_gradients_are_those_of_autograd_through_the_edit(name: str, family: str) -> None:
+def test_a_pieces_gradients_are_those_of_autograd_through_its_batches(
+    name: str, family: str
+) -> None:
     tiny, trainable = case(family), _trainable(name)
-    examples = _examples(1 if name == "ke" else 2)
+    size = 1 if name == "ke" else 2
+    examples = _examples(2 * size)
+    batches = [tuple(examples[:size]), tuple(examples[size:])]
     weights = EditedWeights(tiny.editable, LAYERS)
     network = _moved(trainable.trainer(_shapes(tiny), None), 0.05)
-    factors = factors_of(trainable, weights, tiny.tokenizer, examples)
     shared = {"network": network.state_dict(), "weights": trainable.weights}
     learner: Any = trainable.learner(weights, tiny.tokenizer)
     learner.network.double()
-    found = learner.contribute((tuple(examples),), 0, shared, learns=True)
-    measured = learner.contribute((tuple(examples),), 0, shared, learns=False)
+    found = learner.contribute(batches, 0, shared, learns=True)
+    measured = learner.contribute(batches, 0, shared, learns=False)
 
-    network.take(network.seen_in(factors))
-    loss = _plain_loss(tiny, trainable, examples)(network.updates(factors))
+    network.take(network.seen_in(factors_of(trainable, weights, tiny.tokenizer, examples)))
+    losses = []
+    for batch in batches:
+        factors = factors_of(trainable, weights, tiny.tokenizer, batch)
+        losses.append(_plain_loss(tiny, trainable, list(batch))(network.updates(factors)))
+    loss = torch.stack(losses).mean()
     named = dict(network.named_parameters())
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     assert found.count == len(examples)
@@ -133,6 +140,22 @@ def test_a_batchs_gradients_are_those_of_autograd_through_the_edit(name: str, fa
             parameter
         )
     assert total > 0 and weights.version == 0
+
+
+def test_edits_that_there_is_no_memory_to_try_together_are_tried_one_by_one() -> None:
+    tiny, trainable = case("gpt2"), _trainable("ke")
+    batches = [(example,) for example in _examples(3)]
+    weights = EditedWeights(tiny.editable, LAYERS)
+    learner: Any = trainable.learner(weights, tiny.tokenizer)
+    shared = {"network": learner.network.state_dict(), "weights": trainable.weights}
+    together = learner.contribute(batches, 0, shared, learns=True)
+    learner._at_once = 1
+    alone = learner.contribute(batches, 0, shared, learns=True)
+    assert together.count == alone.count == 3
+    assert together.measures == pytest.approx(alone.measures, rel=1e-4)
+    assert together.gradients.keys() == alone.gradients.keys()
+    for name, gradient in together.gradients.items():
+        assert relative_error(alone.gradients[name], gradient) < 1e-3, name
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
@@ -223,7 +246,7 @@ def test_a_trainer_goes_on_from_its_state_to_the_same_bits(name: str) -> None:
 def test_the_models_own_answer_is_its_likeliest_tokens() -> None:
     tiny = case("qwen2")
     prompt = tiny.tokenizer("The mother tongue of Anselm is")["input_ids"]
-    found = greedy(tiny.editable, prompt, 3)
+    found = greedy(tiny.editable, [prompt], [3])[0]
     ids = torch.tensor([prompt])
     expected = tiny.model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=3, pad_token_id=0

@@ -10,6 +10,7 @@ are (published, a copy of them is trained); the two separators are vectors that 
 """
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class KnowledgeEditorNetwork(HyperNetwork):
         hidden_size: hidden units of each matrix's network.
         lstm_size: hidden units of the LSTM, in each direction.
         max_scale: bound of the scale.
+        begins: with drawn gates, or with `descent`: a = -1 and b = 0, a step of
+            max_scale / (2 D) down the gradient, whatever is read.
         seed: draws the parameters.
     """
 
@@ -44,6 +47,7 @@ class KnowledgeEditorNetwork(HyperNetwork):
         hidden_size: int,
         lstm_size: int,
         max_scale: float,
+        begins: Literal["random", "descent"] = "random",
         seed: int,
     ) -> None:
         super().__init__()
@@ -63,10 +67,21 @@ class KnowledgeEditorNetwork(HyperNetwork):
                     for layer, size in sizes.items()
                 }
             )
+        if begins == "descent":
+            self._descend()
 
     @torch.no_grad()
     def edit(self, factors: Factors) -> dict[int, Update]:
         return {layer: Update.of(update) for layer, update in self.updates(factors).items()}
+
+    @torch.no_grad()
+    def _descend(self) -> None:
+        for layer, (_, inputs) in self.sizes.items():
+            last: Any = self.gates[str(layer)][-1]  # type: ignore[index]
+            # Weights of no length give the bias, and get a gradient in their length.
+            last.parametrizations.weight.original0.zero_()
+            last.bias.zero_()
+            last.bias[:inputs] = -1.0
 
     def updates(self, factors: Factors) -> dict[int, Tensor]:
         """Layer -> (D, F), differentiable."""
