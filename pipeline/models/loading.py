@@ -45,13 +45,23 @@ def load_config(spec: ModelSpec) -> Any:
         InputError: there is no such model, or it needs code that the spec does not allow.
         ModelNotSupportedError: its architecture is not covered.
     """
+    config = load_encoder_config(spec)
+    family_named(config.model_type)
+    return config
+
+
+def load_encoder_config(spec: ModelSpec) -> Any:
+    """Read the configuration only of an encoder of texts, of whatever architecture.
+
+    Raises:
+        InputError: as of `load_config`.
+    """
     with _loading(repr(spec.path)):
         config = AutoConfig.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=False,
         )
-    family_named(config.model_type)
     _refuse_kernels(config, spec)
     return config
 
@@ -139,6 +149,11 @@ def auto_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
+def encoder_class(config: Any) -> Any:
+    """The class of transformers that makes an encoder of texts of this configuration."""
+    return AutoModelForTextEncoding if is_encoder_decoder(config) else AutoModel
+
+
 def load_encoder(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     """Load an encoder of texts from safetensors onto a device, in evaluation mode.
 
@@ -148,9 +163,8 @@ def load_encoder(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
         InputError: there is none.
     """
     transformers_logging.disable_progress_bar()
+    kind = encoder_class(load_encoder_config(spec))
     with _loading(repr(spec.path)):
-        has_decoder = is_encoder_decoder(load_config(spec))
-        kind: Any = AutoModelForTextEncoding if has_decoder else AutoModel
         model: PreTrainedModel = kind.from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,

@@ -7,10 +7,11 @@ that a rate in FLOP/s falls with waste.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from pipeline.models.answers import num_encoder_blocks
 from pipeline.models.editable import EditableModel
 from pipeline.models.encoder_decoder import EncoderDecoderModel
 from pipeline.prompts import EditPrompts, FactPrompts
@@ -25,7 +26,7 @@ class ModelSize:
         mlps: of every block's MLP alone; 0 where it is no module of its own.
         downs: of every block's down-projection alone.
         unembedding: d x v.
-        encoder: of all of an encoder's blocks, for a token that it reads.
+        encoder: of each of an encoder's blocks, for a token that it reads.
         crossing: of every decoder block's maps of what the encoder has read, for a token of that;
             not among those of `blocks`.
     """
@@ -34,17 +35,20 @@ class ModelSize:
     mlps: tuple[int, ...]
     downs: tuple[int, ...]
     unembedding: int
-    encoder: int = 0
+    encoder: tuple[int, ...] = ()
     crossing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: EditableModel) -> "ModelSize":
         """Count a model's matrices; vectors (norms, biases) are left out."""
         mlps = [model.mlp(layer) for layer in range(model.num_blocks)]
-        encoder, crossing = 0, [0] * model.num_blocks
+        encoder: tuple[int, ...] = ()
+        crossing = [0] * model.num_blocks
         if isinstance(model, EncoderDecoderModel):
             embedding: nn.Module = model.model.get_input_embeddings()
-            encoder = _entries(model.encoder) - _entries(embedding)
+            count = num_encoder_blocks(model.model.config)
+            # Its blocks are alike.
+            encoder = ((_entries(model.encoder) - _entries(embedding)) // count,) * count
             # Keys and values; queries and output are of the decoder's own tokens.
             crossing = [_entries(attention) // 2 for attention in model.cross_attentions]
         return cls(
@@ -66,7 +70,18 @@ class ModelSize:
 
     def source_up_to(self, layer: int) -> int:
         """What a token that the encoder reads is multiplied by, for blocks 0 to `layer`."""
-        return self.encoder + sum(self.crossing[: layer + 1])
+        return sum(self.encoder) + sum(self.crossing[: layer + 1])
+
+    def first(self, count: int | None) -> "ModelSize":
+        """Of the same model with so many blocks, and as many in its encoder; None is all."""
+        return replace(
+            self,
+            blocks=self.blocks[:count],
+            mlps=self.mlps[:count],
+            downs=self.downs[:count],
+            encoder=self.encoder[:count],
+            crossing=self.crossing[:count],
+        )
 
     @property
     def source(self) -> int:

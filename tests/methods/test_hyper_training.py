@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.editing.conditions import condition_of, greedy
+from pipeline.editing.conditions import conditions_of, greedy
 from pipeline.editing.locality import KeptRow
 from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
@@ -262,15 +262,16 @@ def test_a_decoders_own_answer_goes_on_past_its_end() -> None:
     behind, ids = Behind(tiny.editable.model, edit.rewrites[0].ids), [0]
     for _ in edit.target:
         ids.append(int(behind(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert list(greedy(tiny.editable, edit.rewrites[0].ids, len(edit.target))) == ids[1:]
-    condition = condition_of(tiny.editable, edit)
+    (found,) = greedy(tiny.editable, [edit.rewrites[0].ids], [len(edit.target)])
+    assert list(found) == ids[1:]
+    (condition,) = conditions_of(tiny.editable, [edit])
     table = tiny.editable.model.get_input_embeddings().weight
-    for found, expected in (
+    for embedded, expected in (
         (condition.old, ids[1:]),
         (condition.new, edit.target),
         (condition.prompt, edit.rewrites[0].ids),
     ):
-        assert torch.equal(found, table[list(expected)])
+        assert torch.equal(embedded, table[list(expected)])
 
 
 def test_a_text_is_left_alone_by_the_decoder_behind_its_first_half() -> None:
