@@ -28,7 +28,10 @@ ARGUMENTS = {
         "compare_counterfact_12m",
         "survey_counterfact_12m",
     )
-} | {"trace_counterfact_12m": ["model.path=MODEL", "requests.path=COUNTERFACT.json"]}
+} | {
+    f"{job}_counterfact_12m": ["model.path=MODEL", "requests.path=COUNTERFACT.json"]
+    for job in ("trace", "train_mend", "train_malmen", "train_ke", "train_serac")
+}
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
