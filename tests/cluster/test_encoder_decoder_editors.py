@@ -56,6 +56,14 @@ ROUNDS = ("rounds={size: 1, count: 2, evaluate: [current]}", "output.on_divergen
 APART = ROUNDS[0].replace("[current]}", "[current], evaluate_every: 1, rollback: true}")
 
 
+def _some(*quick: str, but: str = "") -> list[Any]:
+    """All methods but these; the quick ones in every run of the tests."""
+    chosen = [name for name in METHODS if name not in but.split()]
+    return [
+        name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in chosen
+    ]
+
+
 class Jobs:
     """Specs of jobs on tiny T5s; editors that are trained first are so when they are needed."""
 
@@ -126,7 +134,7 @@ def _bits(run: Run, method: str) -> dict[str, Any]:
     return {**digests(run), "made": table.drop_columns(["seconds"]).to_pylist()}
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "serac"])
+@pytest.mark.parametrize("method", _some("t_patcher", "mend", but="serac"))
 def test_a_batch_is_scored_exported_loaded_and_taken_out(
     jobs: Jobs, tmp_path: Path, method: str
 ) -> None:
@@ -182,7 +190,7 @@ def test_a_memory_is_exported_and_served(jobs: Jobs, tmp_path: Path) -> None:
     assert before != after
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", _some("calinet", "serac"))
 def test_rolled_back_every_round_is_the_batch_of_its_own_edit(
     jobs: Jobs, tmp_path: Path, method: str
 ) -> None:
@@ -197,7 +205,7 @@ def _tensors(path: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", _some("t_patcher", "serac"))
 def test_stopped_and_resumed_rounds_have_the_same_bits(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -212,7 +220,7 @@ def test_stopped_and_resumed_rounds_have_the_same_bits(
     assert _bits(job("stopped"), method) == _bits(job("whole"), method)
 
 
-@pytest.mark.parametrize("method", TRAIN)
+@pytest.mark.parametrize("method", _some("mend", but="t_patcher calinet"))
 def test_a_training_goes_on_to_the_same_editor(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
