@@ -139,19 +139,20 @@ def auto_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
+def encoder_class(config: Any) -> Any:
+    """The same of an encoder of texts; of an encoder-decoder model the encoder alone."""
+    return AutoModelForTextEncoding if is_encoder_decoder(config) else AutoModel
+
+
 def load_encoder(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     """Load an encoder of texts from safetensors onto a device, in evaluation mode.
-
-    Of an encoder-decoder model it is the encoder alone.
 
     Raises:
         InputError: there is none.
     """
     transformers_logging.disable_progress_bar()
     with _loading(repr(spec.path)):
-        has_decoder = is_encoder_decoder(load_config(spec))
-        kind: Any = AutoModelForTextEncoding if has_decoder else AutoModel
-        model: PreTrainedModel = kind.from_pretrained(
+        model: PreTrainedModel = encoder_class(load_config(spec)).from_pretrained(
             resolve_path(spec.path),
             revision=spec.revision,
             trust_remote_code=False,

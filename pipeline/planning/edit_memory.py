@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.evaluation.probes import Probe
-from pipeline.models.loading import load_config
+from pipeline.models.loading import encoder_class, load_config
 from pipeline.planning.flops import ModelSize, scoring_flops
 from pipeline.planning.outline import ModelOutline, outline
 from pipeline.prompts import EditPrompts, token_ids
@@ -52,15 +52,11 @@ class EditMemorySize:
             InputError: a model that is named cannot be found.
         """
         own = ModelSize.of(model)
-        classifier, embedding = sum(own.blocks[: spec.classifier_blocks]), spec.embedding_size
+        read = own.encoder_blocks or own.blocks
+        classifier, embedding = sum(read[: spec.classifier_blocks]), spec.embedding_size
         if spec.classifier is not None:
             classifier, embedding = _encoder(spec.classifier)
-        answering = ModelSize(
-            own.blocks[: spec.counterfactual_blocks],
-            own.mlps[: spec.counterfactual_blocks],
-            own.downs[: spec.counterfactual_blocks],
-            own.unembedding,
-        )
+        answering = own.first(spec.counterfactual_blocks)
         if spec.counterfactual is not None:
             named = ModelSpec(path=spec.counterfactual, dtype="float32")
             answering = ModelSize.of(outline(named, device=torch.device("cpu")))
@@ -71,8 +67,8 @@ class EditMemorySize:
     @property
     def weight_bytes(self) -> int:
         """Of both models in float32; an embedding of tokens is counted as large as h's."""
-        entries = self.classifier + sum(self.answering.blocks) + 2 * self.answering.unembedding
-        return entries * _WIDE
+        of_blocks = sum(self.answering.blocks) + self.answering.source
+        return (self.classifier + of_blocks + 2 * self.answering.unembedding) * _WIDE
 
     @property
     def edit_bytes(self) -> int:
@@ -90,19 +86,18 @@ class EditMemorySize:
         lengths = dict(zip(prompts, map(len, token_ids(tokenizer, prompts)), strict=True))
         inside = [lengths[probe.prompt] for probe in probes if probe.kind in IN_SCOPE]
         # A probe has two answers, the new one and the old.
-        beside = self.edit_tokens + 2 * self.target_tokens
-        return 2.0 * self.classifier * sum(lengths.values()) + scoring_flops(
-            self.answering,
-            sum(inside) + beside * len(inside),
-            2 * self.target_tokens * len(inside),
-        )
+        answers = 2 * self.target_tokens * len(inside)
+        behind = sum(inside) + self.edit_tokens * len(inside)
+        rows, source = (answers, behind) if self.answering.encoder else (behind + answers, 0.0)
+        looked_up = 2.0 * self.classifier * sum(lengths.values())
+        return looked_up + scoring_flops(self.answering, rows, answers, source)
 
 
 def _encoder(path: str) -> tuple[int, int]:
     """Entries of an encoder's matrices without its embedding of tokens, and its hidden size."""
     config = load_config(ModelSpec(path=path))
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = encoder_class(config).from_config(config)
     embedding = model.get_input_embeddings().weight.numel()
     matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim >= 2)
     return matrices - embedding, int(config.get_text_config().hidden_size)

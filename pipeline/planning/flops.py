@@ -25,7 +25,7 @@ class ModelSize:
         mlps: of every block's MLP alone; 0 where it is no module of its own.
         downs: of every block's down-projection alone.
         unembedding: d x v.
-        encoder: of all of an encoder's blocks, for a token that it reads.
+        encoder_blocks: of every block of an encoder, for a token that it reads.
         crossing: of every decoder block's maps of what the encoder has read, for a token of that;
             not among those of `blocks`.
     """
@@ -34,17 +34,16 @@ class ModelSize:
     mlps: tuple[int, ...]
     downs: tuple[int, ...]
     unembedding: int
-    encoder: int = 0
+    encoder_blocks: tuple[int, ...] = ()
     crossing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: EditableModel) -> "ModelSize":
         """Count a model's matrices; vectors (norms, biases) are left out."""
         mlps = [model.mlp(layer) for layer in range(model.num_blocks)]
-        encoder, crossing = 0, [0] * model.num_blocks
+        encoder, crossing = [], [0] * model.num_blocks
         if isinstance(model, EncoderDecoderModel):
-            embedding: nn.Module = model.model.get_input_embeddings()
-            encoder = _entries(model.encoder) - _entries(embedding)
+            encoder = [_entries(block) for block in model.encoder_blocks]
             # Keys and values; queries and output are of the decoder's own tokens.
             crossing = [_entries(attention) // 2 for attention in model.cross_attentions]
         return cls(
@@ -52,9 +51,25 @@ class ModelSize:
             tuple(0 if mlp is None else _entries(mlp) for mlp in mlps),
             tuple(_entries(model.down_projection(layer)) for layer in range(model.num_blocks)),
             model.hidden_size * model.vocab_size,
-            encoder,
+            tuple(encoder),
             tuple(crossing),
         )
+
+    def first(self, count: int | None) -> "ModelSize":
+        """The first so many blocks, of an encoder too; None is all of them."""
+        return ModelSize(
+            self.blocks[:count],
+            self.mlps[:count],
+            self.downs[:count],
+            self.unembedding,
+            self.encoder_blocks[:count],
+            self.crossing[:count],
+        )
+
+    @property
+    def encoder(self) -> int:
+        """Entries of all of an encoder's blocks."""
+        return sum(self.encoder_blocks)
 
     def up_to(self, layer: int) -> int:
         """Blocks 0 to `layer`, that one included."""
