@@ -22,6 +22,7 @@ from pipeline.cluster.assessing import run_assess
 from pipeline.editing.serac.serving import SeracAnswerModel
 from pipeline.results import Run, read
 from pipeline.spec import JobSpec, parse_spec
+from pipeline.unediting import unedit
 from tests import encoder_decoders
 from tests.oracles import encoder_decoder as oracle
 from tests.oracles.memit import Edit
@@ -188,6 +189,9 @@ def test_a_memory_is_exported_and_served(jobs: Jobs, tmp_path: Path) -> None:
         assert words.decode(ids, skip_special_tokens=True) == row["generated"]
     before, after = ([r["nll_new"] for r in rewrites if r["round"] == n] for n in (-1, 0))
     assert before != after
+    unedit(run.path, ["1", "4"], tmp_path / "less")
+    held = load_serac(tmp_path / "less" / "model").router.memory
+    assert sorted(entry.key for entry in held) == ["0", "2", "3", "5"]
 
 
 @pytest.mark.parametrize("method", _some("calinet", "serac"))
