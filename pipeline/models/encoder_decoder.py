@@ -65,6 +65,7 @@ class EncoderDecoderModel(EditableModel):
         super().__init__(model)
         assert self.family.encoder is not None and self.family.cross_attention is not None
         self.encoder = model.get_submodule(self.family.encoder)
+        self.encoder_blocks: list[nn.Module] = list(self.encoder.block)  # type: ignore[arg-type]
         self.cross_attentions = [
             block.get_submodule(self.family.cross_attention) for block in self.blocks
         ]

@@ -150,14 +150,12 @@ def auto_class(config: Any) -> Any:
 
 
 def encoder_class(config: Any) -> Any:
-    """The class of transformers that makes an encoder of texts of this configuration."""
+    """The same of an encoder of texts; of an encoder-decoder model the encoder alone."""
     return AutoModelForTextEncoding if is_encoder_decoder(config) else AutoModel
 
 
 def load_encoder(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     """Load an encoder of texts from safetensors onto a device, in evaluation mode.
-
-    Of an encoder-decoder model it is the encoder alone.
 
     Raises:
         InputError: there is none.

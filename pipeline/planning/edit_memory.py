@@ -52,7 +52,7 @@ class EditMemorySize:
             InputError: a model that is named cannot be found.
         """
         own = ModelSize.of(model)
-        read = own.encoder or own.blocks
+        read = own.encoder_blocks or own.blocks
         classifier, embedding = sum(read[: spec.classifier_blocks]), spec.embedding_size
         if spec.classifier is not None:
             classifier, embedding = _encoder(spec.classifier)
@@ -67,8 +67,8 @@ class EditMemorySize:
     @property
     def weight_bytes(self) -> int:
         """Of both models in float32; an embedding of tokens is counted as large as h's."""
-        entries = self.classifier + sum(self.answering.blocks) + 2 * self.answering.unembedding
-        return entries * _WIDE
+        of_blocks = sum(self.answering.blocks) + self.answering.source
+        return (self.classifier + of_blocks + 2 * self.answering.unembedding) * _WIDE
 
     @property
     def edit_bytes(self) -> int:
@@ -86,13 +86,11 @@ class EditMemorySize:
         lengths = dict(zip(prompts, map(len, token_ids(tokenizer, prompts)), strict=True))
         inside = [lengths[probe.prompt] for probe in probes if probe.kind in IN_SCOPE]
         # A probe has two answers, the new one and the old.
-        answered = 2 * self.target_tokens * len(inside)
-        asked = sum(inside) + self.edit_tokens * len(inside)
-        reads = bool(self.answering.encoder)
-        tokens, source = (answered, asked) if reads else (asked + answered, 0.0)
-        return 2.0 * self.classifier * sum(lengths.values()) + scoring_flops(
-            self.answering, tokens, answered, source
-        )
+        answers = 2 * self.target_tokens * len(inside)
+        behind = sum(inside) + self.edit_tokens * len(inside)
+        rows, source = (answers, behind) if self.answering.encoder else (behind + answers, 0.0)
+        looked_up = 2.0 * self.classifier * sum(lengths.values())
+        return looked_up + scoring_flops(self.answering, rows, answers, source)
 
 
 def _encoder(path: str) -> tuple[int, int]:

@@ -7,11 +7,10 @@ that a rate in FLOP/s falls with waste.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
-from pipeline.models.answers import num_encoder_blocks
 from pipeline.models.editable import EditableModel
 from pipeline.models.encoder_decoder import EncoderDecoderModel
 from pipeline.prompts import EditPrompts, FactPrompts
@@ -26,7 +25,7 @@ class ModelSize:
         mlps: of every block's MLP alone; 0 where it is no module of its own.
         downs: of every block's down-projection alone.
         unembedding: d x v.
-        encoder: of each of an encoder's blocks, for a token that it reads.
+        encoder_blocks: of every block of an encoder, for a token that it reads.
         crossing: of every decoder block's maps of what the encoder has read, for a token of that;
             not among those of `blocks`.
     """
@@ -35,20 +34,16 @@ class ModelSize:
     mlps: tuple[int, ...]
     downs: tuple[int, ...]
     unembedding: int
-    encoder: tuple[int, ...] = ()
+    encoder_blocks: tuple[int, ...] = ()
     crossing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: EditableModel) -> "ModelSize":
         """Count a model's matrices; vectors (norms, biases) are left out."""
         mlps = [model.mlp(layer) for layer in range(model.num_blocks)]
-        encoder: tuple[int, ...] = ()
-        crossing = [0] * model.num_blocks
+        encoder, crossing = [], [0] * model.num_blocks
         if isinstance(model, EncoderDecoderModel):
-            embedding: nn.Module = model.model.get_input_embeddings()
-            count = num_encoder_blocks(model.model.config)
-            # Its blocks are alike.
-            encoder = ((_entries(model.encoder) - _entries(embedding)) // count,) * count
+            encoder = [_entries(block) for block in model.encoder_blocks]
             # Keys and values; queries and output are of the decoder's own tokens.
             crossing = [_entries(attention) // 2 for attention in model.cross_attentions]
         return cls(
@@ -56,9 +51,25 @@ class ModelSize:
             tuple(0 if mlp is None else _entries(mlp) for mlp in mlps),
             tuple(_entries(model.down_projection(layer)) for layer in range(model.num_blocks)),
             model.hidden_size * model.vocab_size,
-            encoder,
+            tuple(encoder),
             tuple(crossing),
         )
+
+    def first(self, count: int | None) -> "ModelSize":
+        """The first so many blocks, of an encoder too; None is all of them."""
+        return ModelSize(
+            self.blocks[:count],
+            self.mlps[:count],
+            self.downs[:count],
+            self.unembedding,
+            self.encoder_blocks[:count],
+            self.crossing[:count],
+        )
+
+    @property
+    def encoder(self) -> int:
+        """Entries of all of an encoder's blocks."""
+        return sum(self.encoder_blocks)
 
     def up_to(self, layer: int) -> int:
         """Blocks 0 to `layer`, that one included."""
@@ -70,18 +81,7 @@ class ModelSize:
 
     def source_up_to(self, layer: int) -> int:
         """What a token that the encoder reads is multiplied by, for blocks 0 to `layer`."""
-        return sum(self.encoder) + sum(self.crossing[: layer + 1])
-
-    def first(self, count: int | None) -> "ModelSize":
-        """Of the same model with so many blocks, and as many in its encoder; None is all."""
-        return replace(
-            self,
-            blocks=self.blocks[:count],
-            mlps=self.mlps[:count],
-            downs=self.downs[:count],
-            encoder=self.encoder[:count],
-            crossing=self.crossing[:count],
-        )
+        return self.encoder + sum(self.crossing[: layer + 1])
 
     @property
     def source(self) -> int:

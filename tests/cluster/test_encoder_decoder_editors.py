@@ -22,6 +22,7 @@ from pipeline.cluster.assessing import run_assess
 from pipeline.editing.serac.serving import SeracAnswerModel
 from pipeline.results import Run, read
 from pipeline.spec import JobSpec, parse_spec
+from pipeline.unediting import unedit
 from tests import encoder_decoders
 from tests.oracles import encoder_decoder as oracle
 from tests.oracles.memit import Edit
@@ -54,6 +55,14 @@ TRAIN: dict[str, dict[str, Any]] = {
 ADAPTERS = ("t_patcher", "calinet")
 ROUNDS = ("rounds={size: 1, count: 2, evaluate: [current]}", "output.on_divergence=keep")
 APART = ROUNDS[0].replace("[current]}", "[current], evaluate_every: 1, rollback: true}")
+
+
+def _some(*quick: str, but: str = "") -> list[Any]:
+    """All methods but these; the quick ones in every run of the tests."""
+    chosen = [name for name in METHODS if name not in but.split()]
+    return [
+        name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in chosen
+    ]
 
 
 class Jobs:
@@ -126,7 +135,7 @@ def _bits(run: Run, method: str) -> dict[str, Any]:
     return {**digests(run), "made": table.drop_columns(["seconds"]).to_pylist()}
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "serac"])
+@pytest.mark.parametrize("method", _some("t_patcher", "mend", but="serac"))
 def test_a_batch_is_scored_exported_loaded_and_taken_out(
     jobs: Jobs, tmp_path: Path, method: str
 ) -> None:
@@ -180,9 +189,12 @@ def test_a_memory_is_exported_and_served(jobs: Jobs, tmp_path: Path) -> None:
         assert words.decode(ids, skip_special_tokens=True) == row["generated"]
     before, after = ([r["nll_new"] for r in rewrites if r["round"] == n] for n in (-1, 0))
     assert before != after
+    unedit(run.path, ["1", "4"], tmp_path / "less")
+    held = load_serac(tmp_path / "less" / "model").router.memory
+    assert sorted(entry.key for entry in held) == ["0", "2", "3", "5"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", _some("calinet", "serac"))
 def test_rolled_back_every_round_is_the_batch_of_its_own_edit(
     jobs: Jobs, tmp_path: Path, method: str
 ) -> None:
@@ -197,7 +209,7 @@ def _tensors(path: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", _some("t_patcher", "serac"))
 def test_stopped_and_resumed_rounds_have_the_same_bits(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -212,7 +224,7 @@ def test_stopped_and_resumed_rounds_have_the_same_bits(
     assert _bits(job("stopped"), method) == _bits(job("whole"), method)
 
 
-@pytest.mark.parametrize("method", TRAIN)
+@pytest.mark.parametrize("method", _some("mend", but="t_patcher calinet"))
 def test_a_training_goes_on_to_the_same_editor(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -179,9 +179,10 @@ def test_two_workers_give_the_bits_of_one_process(
     assert _bits(read(here.path)) == _bits(read(there.path))
 
 
-@pytest.mark.slow
-def test_twenty_facts_of_the_invented_world_are_learnt(tmp_path: Path) -> None:
-    """By a T5 that was trained on them and their neighbours, and says them before the edit."""
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 that was trained on 20 facts and their neighbours, and requests to change them."""
+    root = tmp_path_factory.mktemp("world")
     requests = factworld.edit_requests(factworld.make_world(0), 20)
     facts = []
     for request in requests:
@@ -192,13 +193,33 @@ def test_twenty_facts_of_the_invented_world_are_learnt(tmp_path: Path) -> None:
         request["paraphrase_prompts"] = request["paraphrase_prompts"][:1]
         request["neighborhood_prompts"] = request["neighborhood_prompts"][:3]
     model, words = encoder_decoders.taught(list(dict.fromkeys(facts)), steps=200)
-    model.save_pretrained(tmp_path / "model")
-    words.save_pretrained(tmp_path / "model")
-    (tmp_path / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
+    model.save_pretrained(root / "model")
+    words.save_pretrained(root / "model")
+    (root / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
+    lines = [f"{prompt} {answer}" for prompt, answer in facts]
+    (root / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    return root
+
+
+LEARNING: dict[str, dict[str, Any]] = {
+    "ft": {"layers": [0, 1], "ft": {"learning_rate": 5e-3, "epochs": 120}},
+    "t_patcher": {"t_patcher": {"memory_queries": 300, "watched_queries": 100, "memory_top": 100}},
+    "calinet": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", LEARNING)
+def test_twenty_facts_of_the_invented_world_are_learnt(
+    world: Path, tmp_path: Path, method: str
+) -> None:
+    """By a T5 that says the old ones before the edit."""
     content = {
-        "model": {"path": str(tmp_path / "model")},
-        "requests": {"path": str(tmp_path / "requests.json")},
-        "method": {"name": "ft", "layers": [0, 1], "ft": {"learning_rate": 5e-3, "epochs": 120}},
+        "model": {"path": str(world / "model")},
+        "requests": {"path": str(world / "requests.json")},
+        "method": {"name": method, **LEARNING[method]},
+        "covariance": {"corpus": str(world / "texts.txt")},
         "evaluation": {"generate": True},
         "cluster": {"engine": "in_process"},
         "output": {"path": str(tmp_path / "run")},
@@ -207,7 +228,7 @@ def test_twenty_facts_of_the_invented_world_are_learnt(tmp_path: Path) -> None:
     before, after = result.summary["evaluation"]["rounds"]
     for scores in (before, after):
         exact = {kind: values["exact"]["score"] for kind, values in scores["probes"].items()}
-        print({name: scores[name]["score"] for name in ("ES", "PS", "NS")}, exact)
+        print(method, {name: scores[name]["score"] for name in ("ES", "PS", "NS")}, exact)
     assert before["ES"]["score"] <= 5 and before["probes"]["neighborhood"]["exact"]["score"] >= 90
     assert after["ES"]["score"] >= 95
     assert after["probes"]["rewrite"]["exact"]["score"] >= 95

@@ -258,20 +258,18 @@ def test_the_models_own_answer_is_its_likeliest_tokens() -> None:
 def test_a_decoders_own_answer_goes_on_past_its_end() -> None:
     """KE reads as many tokens of the old answer as the new one has."""
     tiny = case("t5")
-    (edit,) = tiny.prompts(EDITS[1:2], ["{}"])
-    behind, ids = Behind(tiny.editable.model, edit.rewrites[0].ids), [0]
-    for _ in edit.target:
-        ids.append(int(behind(torch.tensor([ids])).logits[0, -1].argmax()))
-    (found,) = greedy(tiny.editable, [edit.rewrites[0].ids], [len(edit.target)])
-    assert list(found) == ids[1:]
-    (condition,) = conditions_of(tiny.editable, [edit])
+    edits = tiny.prompts(EDITS[:2], ["{}"])
     table = tiny.editable.model.get_input_embeddings().weight
-    for embedded, expected in (
-        (condition.old, ids[1:]),
-        (condition.new, edit.target),
-        (condition.prompt, edit.rewrites[0].ids),
-    ):
-        assert torch.equal(embedded, table[list(expected)])
+    for edit, condition in zip(edits, conditions_of(tiny.editable, edits), strict=True):
+        behind, ids = Behind(tiny.editable.model, edit.rewrites[0].ids), [0]
+        for _ in edit.target:
+            ids.append(int(behind(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert torch.equal(condition.old, table[ids[1:]])
+        assert torch.equal(condition.new, table[list(edit.target)])
+        assert torch.equal(condition.prompt, table[list(edit.rewrites[0].ids)])
+    count = max(len(edit.target) for edit in edits)
+    prompts = [edit.rewrites[0].ids for edit in edits]
+    assert [len(one) for one in greedy(tiny.editable, prompts, [count, 1])] == [count, 1]
 
 
 def test_a_text_is_left_alone_by_the_decoder_behind_its_first_half() -> None:

@@ -1,6 +1,7 @@
 """The estimate before a run: what is counted, what is printed, and what its report makes of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from pipeline.cluster.comparison import run_comparison
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.survey import plan_survey
 from pipeline.errors import InputError, ResultsDamagedError
+from pipeline.evaluation.probes import Probe
 from pipeline.models.editable import EditableModel
+from pipeline.planning.edit_memory import EditMemorySize
 from pipeline.planning.estimate import make_estimate, make_estimates
-from pipeline.planning.flops import ModelSize
+from pipeline.planning.flops import ModelSize, scoring_flops
 from pipeline.planning.memory import side_by_side
 from pipeline.planning.outline import outline
 from pipeline.planning.rates import crossing_seconds, rate_as_busy
@@ -24,6 +27,8 @@ from pipeline.report.survey_plan import own_seconds, planned, shared_seconds
 from pipeline.results.planned import Estimate, read_estimate, write_estimate
 from pipeline.spec import ModelSpec
 from pipeline.spec.cells import survey_cells
+from pipeline.spec.trained import SeracSpec
+from tests import encoder_decoders
 from tests.tiny_jobs import TinyJobs, records
 
 CPU = torch.device("cpu")
@@ -217,3 +222,25 @@ def test_a_survey_is_planned_cell_by_cell(
     assert shared_seconds(cells, 1)["start"] == max(e.seconds[1]["start"] for e in estimates)
     row = next(line for line in out.splitlines()[::-1] if "all" in line and "│" in line)
     assert float(row.split("│")[2].replace(",", "")) == pytest.approx(total, rel=0.01)
+
+
+def test_a_memory_beside_a_t5_counts_both_its_halves(tmp_path: Path) -> None:
+    def matrices(modules: Any) -> int:
+        return sum(weight.numel() for weight in modules.parameters() if weight.ndim >= 2)
+
+    encoder_decoders.save("t5", tmp_path)
+    model = outline(ModelSpec(path=str(tmp_path)), device=torch.device("cpu"))
+    whole = encoder_decoders.build("t5")
+    edits = encoder_decoders.prompts(encoder_decoders.case("t5"))
+    size = EditMemorySize.of(SeracSpec(counterfactual_blocks=2), model, edits)
+    read, says = matrices(whole.encoder.block[:2]), matrices(whole.decoder.block[:2])
+    assert size.classifier == read
+    assert sum(size.answering.blocks) + size.answering.source == read + says
+    named = EditMemorySize.of(SeracSpec(classifier=str(tmp_path)), model, edits)
+    assert (named.classifier, named.embedding) == (matrices(whole.encoder.block), 32)
+    probe = Probe("a", "rewrite", 0, "The mother tongue of Anselm is", "English", "Danish")
+    words = encoder_decoders.tokenizer()
+    prompt = len(words(probe.prompt)["input_ids"])
+    answers = 2 * size.target_tokens
+    of_h = scoring_flops(size.answering, answers, answers, prompt + size.edit_tokens)
+    assert size.lookup_flops([probe], words) == pytest.approx(2 * read * prompt + of_h)
