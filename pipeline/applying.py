@@ -61,7 +61,7 @@ def apply_updates(
     editable = editable_model(model)
     updates = [
         read_update(path)[:2]
-        for number in _rounds_of(opened, round)
+        for number in rounds_of(opened, round)
         for path in opened.updates(number)
     ]
     check_shapes(editable, updates, run)
@@ -71,7 +71,7 @@ def apply_updates(
     return AppliedUpdates(model, weights)
 
 
-def _rounds_of(run: Run, round: int | None) -> Sequence[int | None]:
+def rounds_of(run: Run, round: int | None) -> Sequence[int | None]:
     """The rounds whose updates make the model as it was after a round; None for all."""
     if round is None:
         return [None]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.places import below
 from pipeline.results import read
 from pipeline.results.harness import FOLDER, write_harness
 from pipeline.results.remote import writing_into
+from pipeline.serving import log_likelihoods, served_run
 from pipeline.spec import parse_spec
 
 _FILE_NAME = re.compile(r"[\w.+()-]{1,200}", re.ASCII)
@@ -26,6 +28,8 @@ _FILE_NAME = re.compile(r"[\w.+()-]{1,200}", re.ASCII)
 Rows = list[dict[str, Any]]
 _Results = dict[str, Any]
 _Key = tuple[str, str, str]
+_Asked = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Texts, null of a window of running text, and the ids of context and continuation."""
 
 
 def run_harness(
@@ -42,8 +46,10 @@ def run_harness(
     """Score the unedited model and the edited one on tasks of lm-evaluation-harness.
 
     Nothing is exported: the run's updates are put into a model in memory, and taken out again for
-    the unedited scores. Both models get the same questions. Each task's table is written whole or
-    not at all and replaces that of an earlier call.
+    the unedited scores. Of a run with an edit memory a question's context is what is looked up;
+    texts that are scored as a whole are read by the edited model. Both models get the same
+    questions. Each task's table is written whole or not at all and replaces that of an earlier
+    call.
 
     Args:
         run: the directory or URL of a finished run, or with `round` also a study under way.
@@ -74,8 +80,13 @@ def run_harness(
     source = spec.model.model_copy(update={"allow_pickle": allow_pickle})
     model, tokenizer = load_model(source, resolve_device()[0]), load_tokenizer(source)
     # The edited model first: a run that does not fit is refused before anything is scored.
-    applied = apply_updates(model, run, round=round)
-    harnessed = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    given = {"tokenizer": tokenizer, "batch_size": batch_size}
+    if spec.method.is_memory:
+        served, memory = served_run(opened, model, tokenizer, round=round)
+        harnessed = _looking_up(huggingface.HFLM)(pretrained=served, **given)
+    else:
+        applied = apply_updates(model, run, round=round)
+        harnessed = huggingface.HFLM(pretrained=model, **given)
 
     def evaluated(task: str) -> _Results:
         with _failing(task):
@@ -85,7 +96,10 @@ def run_harness(
         return found
 
     edited = {task: evaluated(task) for task in tasks}
-    applied.revert()
+    if spec.method.is_memory:
+        memory.remove([entry.key for entry in memory])
+    else:
+        applied.revert()
     number = last_round(opened) if round is None else round
     place = below(opened.place, FOLDER) if output is None else output
     rows: Rows = []
@@ -95,6 +109,34 @@ def run_harness(
             write_harness(directory, number, task, found)
         rows += found
     return rows
+
+
+def _looking_up(plain: Any) -> Any:
+    """lm-eval's model for a `SeracModel`: it says which part of a row is the prompt."""
+
+    class LookingUp(plain):  # type: ignore[misc]
+        def _loglikelihood_tokens(
+            self, requests: Sequence[_Asked], disable_tqdm: bool = False, override_bs: Any = None
+        ) -> list[tuple[float, bool]]:
+            found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+            # Windows of running text have no strings, and what has no context has an empty one.
+            is_asked = [texts is not None and bool(texts[0]) for texts, _, _ in requests]
+            order = sorted(
+                range(len(requests)),
+                key=lambda i: (is_asked[i], len(requests[i][1]) + len(requests[i][2])),
+            )
+            for looked_up, group in groupby(order, key=is_asked.__getitem__):
+                places = list(group)
+                for start in range(0, len(places), self.batch_size):
+                    some = places[start : start + self.batch_size]
+                    ids = [requests[place][1:] for place in some]
+                    given = {"looked_up": looked_up, "limit": self.max_length}
+                    scores = log_likelihoods(self.model, ids, **given)
+                    for place, score in zip(some, scores, strict=True):
+                        found[place] = score
+            return found
+
+    return LookingUp
 
 
 def _import(module: str) -> Any:

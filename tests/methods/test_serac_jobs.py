@@ -59,7 +59,8 @@ def _editor(tiny: TinyJobs) -> Path:
     return path / "editor"
 
 
-def _spec(tiny: TinyJobs, output: Path, *changes: str, **choices: Any) -> JobSpec:
+def serac_spec(tiny: TinyJobs, output: Path, *changes: str, **choices: Any) -> JobSpec:
+    """A job with an editor that is trained once, and hardly."""
     editor = f"method.serac.editor={_editor(tiny)}"
     return tiny.spec(output, *SERAC, editor, KEEP, *changes, **choices)
 
@@ -88,7 +89,7 @@ def test_training_is_gone_on_with_to_the_same_bits(tiny: TinyJobs, tmp_path: Pat
 
 
 def test_a_batch_is_remembered_and_the_weights_stay(tiny: TinyJobs, tmp_path: Path) -> None:
-    result = run_batch_edit(_spec(tiny, tmp_path / "run"))
+    result = run_batch_edit(serac_spec(tiny, tmp_path / "run"))
     run = read(result.path)
     assert statuses(run) == {"applied": 12}
     memory = by_case(run)
@@ -120,10 +121,10 @@ def test_a_batch_is_remembered_and_the_weights_stay(tiny: TinyJobs, tmp_path: Pa
 
 
 def test_rounds_add_up_to_the_batch_and_can_be_gone_on_with(tiny: TinyJobs, tmp_path: Path) -> None:
-    study = read(run_sequential(_spec(tiny, tmp_path / "study", ROUNDS)).path)
+    study = read(run_sequential(serac_spec(tiny, tmp_path / "study", ROUNDS)).path)
     assert statuses(study) == {"applied": 12}
     whole = _bits(study)
-    batch = read(run_batch_edit(_spec(tiny, tmp_path / "batch")).path)
+    batch = read(run_batch_edit(serac_spec(tiny, tmp_path / "batch")).path)
     texts = ["case_id", "prompt", "target"]
     assert by_case(study).select(texts).equals(by_case(batch).select(texts))
     both = [torch.tensor(by_case(run)["embedding"].to_pylist()) for run in (study, batch)]
@@ -132,7 +133,7 @@ def test_rounds_add_up_to_the_batch_and_can_be_gone_on_with(tiny: TinyJobs, tmp_
     lines = (study.path / "manifest.jsonl").read_text().splitlines(keepends=True)
     place = next(i for i, line in enumerate(lines) if "memory/round-00001" in line)
     (study.path / "manifest.jsonl").write_text("".join(lines[: place + 1]))
-    assert _bits(read(run_sequential(_spec(tiny, study.path, ROUNDS)).path)) == whole
+    assert _bits(read(run_sequential(serac_spec(tiny, study.path, ROUNDS)).path)) == whole
 
 
 def _rows_of(run: Run, case_id: str) -> list[dict[str, Any]]:
@@ -143,12 +144,12 @@ def _rows_of(run: Run, case_id: str) -> list[dict[str, Any]]:
 
 def test_a_single_edit_is_alone_in_the_memory(tiny: TinyJobs, tmp_path: Path) -> None:
     plain, five = (KEEP, "evaluation.baseline=false"), records(5)
-    spec = _spec(tiny, tmp_path / "study", SINGLE, *plain, requests=five)
+    spec = serac_spec(tiny, tmp_path / "study", SINGLE, *plain, requests=five)
     study = read(run_sequential(spec).path)
     round_of = {row["case_id"]: row["round"] for row in study.edits().to_pylist()}
     assert statuses(study) == {"applied": 5}
     for number in (0, 3):
-        one = _spec(tiny, tmp_path / str(number), *plain, requests=[five[number]])
+        one = serac_spec(tiny, tmp_path / str(number), *plain, requests=[five[number]])
         alone = read(run_batch_edit(one).path)
         found = _rows_of(study, str(number))
         assert found and found == _rows_of(alone, str(number))
@@ -156,7 +157,7 @@ def test_a_single_edit_is_alone_in_the_memory(tiny: TinyJobs, tmp_path: Path) ->
         held = load_serac(tmp_path / f"out-{number}").router.memory
         assert [entry.key for entry in held] == [str(number)]
     # All five together answer some probe otherwise: the edits were not there at the same time.
-    batch = read(run_batch_edit(_spec(tiny, tmp_path / "batch", *plain, requests=five)).path)
+    batch = read(run_batch_edit(serac_spec(tiny, tmp_path / "batch", *plain, requests=five)).path)
     both = [[_rows_of(run, str(i)) for i in range(5)] for run in (study, batch)]
     assert both[0] != both[1]
     whole = _bits(study)
@@ -205,7 +206,7 @@ def test_a_survey_has_all_its_cells(tiny: TinyJobs, tmp_path: Path) -> None:
 
 def test_it_is_planned_by_the_calls_of_its_models(tiny: TinyJobs, tmp_path: Path) -> None:
     def found(*changes: str, count: int = 12) -> Estimate:
-        spec = _spec(tiny, tmp_path / "run", *changes, requests=records(count))
+        spec = serac_spec(tiny, tmp_path / "run", *changes, requests=records(count))
         return make_estimate(make_plan(spec), rate=1e5, workers=(1, 2))
 
     twelve, six = found(), found(count=6)
@@ -234,7 +235,7 @@ def test_it_is_planned_by_the_calls_of_its_models(tiny: TinyJobs, tmp_path: Path
 def test_edits_are_taken_out_of_the_memory_again(
     tiny: TinyJobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = _spec(tiny, tmp_path / "study", ROUNDS, "rounds.evaluate_every=1")
+    spec = serac_spec(tiny, tmp_path / "study", ROUNDS, "rounds.evaluate_every=1")
     study = read(run_sequential(spec).path)
     gone = ["3", "8"]
     with pytest.raises(SystemExit) as ended:
@@ -242,7 +243,7 @@ def test_edits_are_taken_out_of_the_memory_again(
         main(["unedit", str(study.path), *named, "--output", str(tmp_path / "out")])
     assert ended.value.code in (None, 0) and "other edits" in capsys.readouterr().out
     kept = [record for record in records(12) if str(record["case_id"]) not in gone]
-    never = read(run_batch_edit(_spec(tiny, tmp_path / "never", requests=kept)).path)
+    never = read(run_batch_edit(serac_spec(tiny, tmp_path / "never", requests=kept)).path)
     expected = {
         (row["case_id"], row["probe"], row["probe_index"]): row["nll_new"]
         for row in never.metrics().to_pylist()
@@ -273,13 +274,15 @@ def test_edits_are_taken_out_of_the_memory_again(
 @pytest.mark.cluster
 @pytest.mark.timeout(1500)
 def test_ray_gives_the_bits_of_one_process(tiny: TinyJobs, tmp_path: Path, local_ray: None) -> None:
-    alone = read(run_batch_edit(_spec(tiny, tmp_path / "alone")).path)
-    spec = _spec(tiny, tmp_path / "ray", "cluster.engine=ray", "cluster.workers=2")
+    alone = read(run_batch_edit(serac_spec(tiny, tmp_path / "alone")).path)
+    spec = serac_spec(tiny, tmp_path / "ray", "cluster.engine=ray", "cluster.workers=2")
     assert _bits(read(run_batch_edit(spec).path)) == _bits(alone)
 
 
 def test_an_export_answers_as_the_run_was_scored(tiny: TinyJobs, tmp_path: Path) -> None:
-    spec = _spec(tiny, tmp_path / "run", "evaluation.generate=true", "evaluation.generate_tokens=4")
+    spec = serac_spec(
+        tiny, tmp_path / "run", "evaluation.generate=true", "evaluation.generate_tokens=4"
+    )
     run = read(run_batch_edit(spec).path)
     export_model(run.path, tmp_path / "out")
     served = load_serac(tmp_path / "out")
@@ -303,13 +306,13 @@ def test_an_export_answers_as_the_run_was_scored(tiny: TinyJobs, tmp_path: Path)
 
 def test_wrong_settings_are_refused(tiny: TinyJobs, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is for \[0\], not \[0, 1\]; leave them out"):
-        run_batch_edit(_spec(tiny, tmp_path / "a", "method.layers=[0, 1]"))
+        run_batch_edit(serac_spec(tiny, tmp_path / "a", "method.layers=[0, 1]"))
     with pytest.raises(InputError, match="serac edits no layer; leave them out"):
         run_training(tiny.spec(tmp_path / "a", *SERAC, *TRAIN, "method.layers=[0, 1]"))
     with pytest.raises(InputError, match="wrappers: serac changes no weight"):
-        run_batch_edit(_spec(tiny, tmp_path / "b", "method.wrappers=[rect]"))
+        run_batch_edit(serac_spec(tiny, tmp_path / "b", "method.wrappers=[rect]"))
     with pytest.raises(InputError, match="it is 8 in the editor"):
-        run_batch_edit(_spec(tiny, tmp_path / "c", "method.serac.embedding_size=9"))
+        run_batch_edit(serac_spec(tiny, tmp_path / "c", "method.serac.embedding_size=9"))
     with pytest.raises(InputError, match="9 are to be copied, and the model has 4"):
         run_training(tiny.spec(tmp_path / "d", *SERAC, *TRAIN, "method.serac.classifier_blocks=9"))
     assert not list(tmp_path.iterdir())
