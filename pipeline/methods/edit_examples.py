@@ -37,10 +37,12 @@ def draw_examples(
     others: Sequence[EditRequest],
     texts: Sequence[str],
     generator: random.Random,
+    own_prompt_share: float = 0.0,
 ) -> list[EditExample]:
     """Make an example of each request.
 
-    It is asked by one of its paraphrases, or as it is where it has none. What is left alone is one
+    It is asked by one of its paraphrases, or as it is where it has none, and in `own_prompt_share`
+    of all cases. What is left alone is one
     of `texts`, where there are some; else one of its locality questions or neighbours, or of
     another request's where it has none.
 
@@ -50,11 +52,17 @@ def draw_examples(
     return [
         EditExample(
             request,
-            generator.choice(request.paraphrase_prompts or (request.text,)),
+            _asked(request, generator, own_prompt_share),
             (generator.choice(texts), None) if texts else _left(request, others, generator),
         )
         for request in requests
     ]
+
+
+def _asked(request: EditRequest, generator: random.Random, own_prompt_share: float) -> str:
+    if own_prompt_share and generator.random() < own_prompt_share:
+        return request.text
+    return generator.choice(request.paraphrase_prompts or (request.text,))
 
 
 def _left(request: EditRequest, others: Sequence[EditRequest], generator: random.Random) -> Left:

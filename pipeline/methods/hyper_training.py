@@ -82,9 +82,20 @@ class HyperTrainable(Trainable):
         generator: random.Random,
     ) -> list[tuple[Any, ...]]:
         assert self.train.batch_size is not None
-        examples, size = draw_examples(requests, others, texts, generator), self.train.batch_size
+        size = self.train.batch_size
+        examples = self._drawn(requests, others, texts, generator)
         batches = [tuple(part) for part in _cut(examples, size)]
         return [tuple(part) for part in _cut(batches, max(1, _EDITS_OF_A_PIECE // size))]
+
+    def _drawn(
+        self,
+        requests: Sequence[EditRequest],
+        others: Sequence[EditRequest],
+        texts: Sequence[str],
+        generator: random.Random,
+    ) -> list[EditExample]:
+        share = self.train.own_prompt_share
+        return draw_examples(requests, others, texts, generator, own_prompt_share=share)
 
     def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:
         return BatchLearner(self, weights, tokenizer)
@@ -386,7 +397,7 @@ class MalmenTraining(HyperTrainable):
             raise InputError(
                 "train.accumulate: malmen makes one batch a step; give a larger train.batch_size"
             )
-        examples = draw_examples(requests, others, texts, generator)
+        examples = self._drawn(requests, others, texts, generator)
         return [tuple(part) for part in _cut(examples, _EDITS_OF_A_PIECE)]
 
     def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:

@@ -28,6 +28,9 @@ class TrainSpec(Part):
     locality_weight: Annotated[Finite, Field(ge=0)] | None = None
     """Weight in the loss of what they are to leave alone: the KL divergence of the edited model
     from the unedited one on other texts, nats a token."""
+    own_prompt_share: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    """Share of the examples whose edited model is asked by the request's own prompt; the others are
+    asked by one of its paraphrases. Of `mend`, `malmen` and `ke`."""
     max_gradient_norm: Annotated[Finite, Field(gt=0)] | None = None
     """A step's gradient is scaled down to this norm."""
     validation: Annotated[Finite, Field(ge=0, le=0.5)] = 0.1
