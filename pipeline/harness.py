@@ -114,7 +114,7 @@ def run_harness(
 def _looking_up(plain: Any) -> Any:
     """lm-eval's model for a `SeracModel`: it says which part of a row is the prompt."""
 
-    class LookingUp(plain):  # type: ignore[misc]
+    class LookingUp(plain):
         def _loglikelihood_tokens(
             self, requests: Sequence[_Asked], disable_tqdm: bool = False, override_bs: Any = None
         ) -> list[tuple[float, bool]]:
