@@ -14,8 +14,9 @@ import torch
 
 from pipeline.applying import apply_updates, last_round, require_round
 from pipeline.errors import EditfleetError, InputError, JobFailedError
+from pipeline.models.answers import is_encoder_decoder
 from pipeline.models.editable import resolve_device
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_config, load_model, load_tokenizer
 from pipeline.places import below
 from pipeline.results import read
 from pipeline.results.harness import FOLDER, write_harness
@@ -74,10 +75,15 @@ def run_harness(
     """
     opened = read(run)
     require_round(opened, round)
-    evaluator, huggingface = _import("lm_eval.evaluator"), _import("lm_eval.models.huggingface")
-    manager = _task_manager(tasks, include_path)
     spec = parse_spec(opened.recorded.spec, f"{run}/manifest.json: spec")
     source = spec.model.model_copy(update={"allow_pickle": allow_pickle})
+    if spec.method.is_memory and is_encoder_decoder(load_config(source)):
+        raise InputError(
+            f"{run}: lm-eval's questions to an encoder-decoder model are not looked up in an edit"
+            " memory; `editfleet export` it and ask pipeline.load_serac's model"
+        )
+    evaluator, huggingface = _import("lm_eval.evaluator"), _import("lm_eval.models.huggingface")
+    manager = _task_manager(tasks, include_path)
     model, tokenizer = load_model(source, resolve_device()[0]), load_tokenizer(source)
     # The edited model first: a run that does not fit is refused before anything is scored.
     given = {"tokenizer": tokenizer, "batch_size": batch_size}

@@ -20,6 +20,8 @@ from pipeline import (
 )
 from pipeline.cluster.assessing import run_assess
 from pipeline.editing.serac.serving import SeracAnswerModel
+from pipeline.errors import InputError
+from pipeline.harness import run_harness
 from pipeline.results import Run, read
 from pipeline.spec import JobSpec, parse_spec
 from pipeline.unediting import unedit
@@ -192,6 +194,8 @@ def test_a_memory_is_exported_and_served(jobs: Jobs, tmp_path: Path) -> None:
     unedit(run.path, ["1", "4"], tmp_path / "less")
     held = load_serac(tmp_path / "less" / "model").router.memory
     assert sorted(entry.key for entry in held) == ["0", "2", "3", "5"]
+    with pytest.raises(InputError, match="lm-eval's questions to an encoder-decoder model are not"):
+        run_harness(run.path, ["any"])
 
 
 @pytest.mark.parametrize("method", _some("calinet", "serac"))
