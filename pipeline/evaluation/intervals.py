@@ -54,9 +54,13 @@ def bootstrap_means(values: Floats) -> Floats:
 
 
 def bounds(values: Floats, resampled: Floats) -> tuple[float, float]:
+    """The interval of the mean of some values, which it holds whatever is rounded."""
+    mean = float(values.mean())
     if np.isin(values, (0.0, 1.0)).all():
-        return _wilson(float(values.mean()), values.size)
-    return percentiles(resampled)
+        low, high = _wilson(mean, values.size)
+    else:
+        low, high = percentiles(resampled)
+    return min(low, mean), max(high, mean)
 
 
 def _wilson(mean: float, count: int) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from pipeline.report.style import (
     Curve,
     Picture,
     draw,
+    error_bar,
     legend_below,
     line_style,
     panels,
@@ -175,7 +176,7 @@ def _dot(
 ) -> None:
     if score is None:
         return
-    bars = [[score["score"] - score["low"]], [score["high"] - score["score"]]]
+    bars = error_bar(score["score"], score["low"], score["high"])
     axes.errorbar(
         [score["score"]], [height], xerr=bars, label=label, capsize=3, elinewidth=1.2, **style
     )

@@ -7,6 +7,7 @@ from pipeline.report.style import (
     SKY,
     Picture,
     draw,
+    error_bar,
     legend_below,
     line_style,
     panels,
@@ -150,14 +151,12 @@ def _line(
     if not points:
         return
     rows = [point.measures[name] for point in points]
-    middles = [row["value"] for row in rows]
-    below = [row["value"] - row["low"] for row in rows]
+    bars = [error_bar(row["value"], row["low"], row["high"]) for row in rows]
     style = line_style(place)
-    above = [row["high"] - row["value"] for row in rows]
     axes.errorbar(
         [point.edits * shift for point in points],
-        middles,
-        yerr=[below, above],
+        [row["value"] for row in rows],
+        yerr=[[below for (below,), _ in bars], [above for _, (above,) in bars]],
         label=label,
         elinewidth=0.7,
         ecolor=(style["color"], 0.45),
@@ -181,7 +180,7 @@ def _bar(axes: "Axes", point: Point, name: str, height: int) -> None:
         _note(axes, point, name, height)
         return
     row = point.measures[name]
-    spread = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+    spread = error_bar(row["value"], row["low"], row["high"])
     axes.barh(height, row["value"], height=0.6, color=SKY)
     axes.errorbar(
         [row["value"]], [height], xerr=spread, fmt="none", ecolor="black", capsize=2, elinewidth=0.9

@@ -114,6 +114,14 @@ def panels(figure: "Figure", count: int, columns: int, **choices: Any) -> list["
     return found
 
 
+def error_bar(value: float, low: float, high: float) -> list[list[float]]:
+    """How far an interval goes below and above one value, as matplotlib wants it.
+
+    Runs of earlier versions have intervals that miss a mean of 0 or 1 by a rounding error.
+    """
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
 def legend_below(figure: "Figure", axes: "Axes", columns: int = 3) -> None:
     """One legend for the whole figure, of the lines that are labelled in `axes`."""
     handles, labels = axes.get_legend_handles_labels()
