@@ -192,7 +192,7 @@ def run_member(hosts: Hosts, place: int, member: Member, studies: int, sharing: 
     try:
         engine = hosts.engine(place)
         try:
-            scheduler = make_scheduler(engine, member.plan.spec, studies)
+            scheduler = make_scheduler(engine, member.plan.spec, studies, place)
             study = Study(member.plan, engine, scheduler, member.progress, member.store, sharing)
             with logs.about(run=spec.place):
                 summary: dict[str, Any] = study.run()

@@ -96,11 +96,11 @@ class Roster:
             if ended or time.monotonic() >= deadline:
                 return [call for call in ended if call not in come]
 
-    def anyone(self) -> int:
-        """The lowest number of a present worker, once there is one."""
+    def anyone(self, first: int = 0) -> int:
+        """The lowest number of a present worker from `first` on, else of all, once there is one."""
         while not self.present:
             self.wait("start", {})
-        return min(self.present)
+        return min(self.present, key=lambda worker: (worker < first, worker))
 
     def gather(self, patience: float) -> None:
         """Wait until all are present, or at least one is and no other has come for `patience`."""

@@ -223,8 +223,13 @@ def start_engine(spec: JobSpec) -> Engine:
     return RayEngine(spec)
 
 
-def make_scheduler(engine: Engine, spec: JobSpec, studies: int = 1) -> Scheduler:
-    """A scheduler over an engine; where several studies share workers, calls wait for others'."""
+def make_scheduler(engine: Engine, spec: JobSpec, studies: int = 1, place: int = 0) -> Scheduler:
+    """A scheduler over an engine.
+
+    Args:
+        studies: how many share the workers, so that calls wait for others'.
+        place: the study's among them.
+    """
     cluster = spec.cluster
     timeout = cluster.call_timeout_seconds
     return Scheduler(
@@ -232,4 +237,5 @@ def make_scheduler(engine: Engine, spec: JobSpec, studies: int = 1) -> Scheduler
         cluster.max_retries,
         cluster.stall_seconds * studies,
         None if timeout is None else timeout * studies,
+        place % engine.num_workers,
     )

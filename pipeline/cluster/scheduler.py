@@ -81,6 +81,8 @@ class Scheduler:
         max_retries: times that a shard is tried again after an infrastructure error.
         stall_seconds: say what has been out for longer than this.
         call_timeout_seconds: take a worker for lost that has not answered for this long.
+        first: the worker that gets a shard before the others. Studies that share workers begin
+            with different ones, since a small round has work for one.
     """
 
     def __init__(
@@ -89,9 +91,11 @@ class Scheduler:
         max_retries: int,
         stall_seconds: float,
         call_timeout_seconds: float | None = None,
+        first: int = 0,
     ) -> None:
         self.engine = engine
         self.max_retries = max_retries
+        self._first = first
         self._waiter = Waiter(engine, stall_seconds, call_timeout_seconds)
         self._roster = Roster(engine, self._waiter, max_retries, engine.late)
         self.version = 0
@@ -131,7 +135,7 @@ class Scheduler:
         while waiting or under_way:
             idle = self._roster.present - {call.worker for call in under_way}
             while waiting and idle:
-                worker, piece = waiting.take(idle)
+                worker, piece = waiting.take(idle, self._first)
                 idle.discard(worker)
                 given = arguments(piece.shard, piece.items)
                 under_way[self.engine.submit(worker, method, *given, **settings)] = piece
@@ -164,7 +168,7 @@ class Scheduler:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method on one worker and wait."""
-        (found,) = self._insist(method, lambda: [self._roster.anyone()], args, kwargs)
+        (found,) = self._insist(method, lambda: [self._roster.anyone(self._first)], args, kwargs)
         return found
 
     def prepare(self) -> None:

@@ -55,22 +55,25 @@ class PieceQueue:
         for piece in reversed(pieces):
             self._add(next(self._front), piece)
 
-    def take(self, idle: Collection[int]) -> tuple[int, Piece]:
+    def take(self, idle: Collection[int], first: int = 0) -> tuple[int, Piece]:
         """Give out a piece: the first that is at home at an idle worker or nowhere, else the first.
 
         Args:
             idle: numbers of the free workers, at least one.
+            first: the worker to begin with.
 
         Returns:
-            The worker, the lowest number that fits, and the piece, which waits no longer.
+            The worker, the lowest number from `first` on that fits, else the lowest of all, and
+            the piece, which waits no longer.
         """
-        for worker in sorted(idle):
+        order = sorted(idle, key=lambda worker: (worker < first, worker))
+        for worker in order:
             heads = [head for home in (worker, None) if (head := self._head(self._heap(home)))]
             if heads:
                 return self._give(worker, *min(heads, key=lambda head: head[0]))
-        first = self._head(self._all)
-        assert first is not None, "nothing waits"
-        return self._give(min(idle), *first)
+        head = self._head(self._all)
+        assert head is not None, "nothing waits"
+        return self._give(order[0], *head)
 
     def _give(self, worker: int, number: int, piece: Piece) -> tuple[int, Piece]:
         self._taken.add(number)

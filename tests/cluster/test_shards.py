@@ -18,12 +18,13 @@ class PlainQueue:
     def put_back(self, *pieces: Piece) -> None:
         self.waiting[:0] = [(self.home.get(piece.shard.index), piece) for piece in pieces]
 
-    def take(self, idle: set[int]) -> tuple[int, Piece]:
-        for worker in sorted(idle):
+    def take(self, idle: set[int], first: int) -> tuple[int, Piece]:
+        order = [worker for worker in [*range(first, WORKERS), *range(first)] if worker in idle]
+        for worker in order:
             for place, (home, _) in enumerate(self.waiting):
                 if home in (worker, None):
                     return self._give(worker, place)
-        return self._give(min(idle), 0)
+        return self._give(order[0], 0)
 
     def _give(self, worker: int, place: int) -> tuple[int, Piece]:
         _, piece = self.waiting.pop(place)
@@ -36,22 +37,22 @@ def _pieces(count: int) -> list[Piece]:
 
 
 IDLE = st.sets(st.integers(0, WORKERS - 1), min_size=1)
-STEPS = st.lists(st.tuples(IDLE, st.integers(0, 2)), max_size=40)
+STEPS = st.lists(st.tuples(IDLE, st.integers(0, 2), st.integers(0, WORKERS - 1)), max_size=40)
 HOMES = st.dictionaries(st.integers(0, 11), st.integers(0, WORKERS - 1))
 
 
 @given(count=st.integers(0, 12), home=HOMES, steps=STEPS)
 def test_gives_out_what_the_plain_list_does(
-    count: int, home: dict[int, int], steps: list[tuple[set[int], int]]
+    count: int, home: dict[int, int], steps: list[tuple[set[int], int, int]]
 ) -> None:
     """Some pieces come back whole, some in two halves, as after a loss or a failure."""
     queue, plain = PieceQueue(_pieces(count), dict(home)), PlainQueue(_pieces(count), dict(home))
-    for idle, halves in steps:
+    for idle, halves, first in steps:
         assert len(queue) == len(plain.waiting)
         if not queue:
             break
-        taken = queue.take(idle)
-        assert taken == plain.take(idle)
+        taken = queue.take(idle, first)
+        assert taken == plain.take(idle, first)
         back = [Piece(taken[1].shard, half, (half,), retries=1) for half in range(halves)]
         queue.put_back(*back)
         plain.put_back(*back)
