@@ -204,7 +204,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LEARNING: dict[str, tuple[int, int, dict[str, Any]]] = {
     "ft": (95, 95, {"layers": [0, 1], "ft": {"learning_rate": 5e-3, "epochs": 120}}),
     "calinet": (95, 80, {}),
-    # Patches that are trained alone act on one another's prompts, which begin with one token.
+    # Here what is remembered lies too near to what is edited.
     "t_patcher": (
         40,
         10,
