@@ -1,6 +1,7 @@
 """What editors are trained on: an edit, another way to ask for it, and something to leave alone."""
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,27 @@ def _left(request: EditRequest, others: Sequence[EditRequest], generator: random
 def _questions(request: EditRequest) -> list[Left]:
     near: list[Left] = [(prompt, request.target_true) for prompt in request.neighborhood_prompts]
     return near + [(probe.prompt, probe.target) for probe in request.locality]
+
+
+class Targets:
+    """The new answers that requests of a relation have."""
+
+    def __init__(self, requests: Sequence[EditRequest]) -> None:
+        by_relation: defaultdict[str | None, dict[str, None]] = defaultdict(dict)
+        for request in requests:
+            by_relation[request.relation_id][request.target_new] = None
+        self._by_relation = {name: list(found) for name, found in by_relation.items()}
+
+    def draw(self, request: EditRequest, generator: random.Random) -> str:
+        """One of the request's relation."""
+        return generator.choice(self._by_relation.get(request.relation_id, [request.target_new]))
+
+    def redirected(self, request: EditRequest, generator: random.Random) -> EditRequest:
+        """The request with such an answer that is not the one before the edit."""
+        found = self._by_relation.get(request.relation_id, [])
+        others = [target for target in found if target != request.target_true]
+        target = generator.choice(others or [request.target_new])
+        return request.model_copy(update={"target_new": target})
 
 
 def asked_rows(

@@ -26,7 +26,13 @@ from pipeline.editing.locality import KeptGradients
 from pipeline.editing.normaliser import Moments
 from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
-from pipeline.methods.edit_examples import EditExample, asked_rows, draw_examples, kept_rows
+from pipeline.methods.edit_examples import (
+    EditExample,
+    Targets,
+    asked_rows,
+    draw_examples,
+    kept_rows,
+)
 from pipeline.methods.hypernetworks import TrainedMethod, trained_method
 from pipeline.methods.module_training import ModuleTrainer, add_gradients
 from pipeline.methods.trainable import (
@@ -94,6 +100,9 @@ class HyperTrainable(Trainable):
         texts: Sequence[str],
         generator: random.Random,
     ) -> list[EditExample]:
+        if self.train.draw_targets:
+            targets = Targets(others)
+            requests = [targets.redirected(request, generator) for request in requests]
         share = self.train.own_prompt_share
         return draw_examples(requests, others, texts, generator, own_prompt_share=share)
 

@@ -1,7 +1,6 @@
 """The training of SERAC's scope classifier and counterfactual model h (arXiv 2206.06520)."""
 
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.editing.serac.editor import SeracEditor
 from pipeline.editing.serac.training import Example, LossSettings, losses
 from pipeline.editing.update import EditedWeights
-from pipeline.methods.edit_examples import draw_examples
+from pipeline.methods.edit_examples import Targets, draw_examples
 from pipeline.methods.module_training import ModuleLearner, ModuleTrainer
 from pipeline.methods.serac import new_editor
 from pipeline.methods.trainable import Learner, Shapes, State, Trainable, Trainer
@@ -50,7 +49,7 @@ class SeracTraining(Trainable):
     ) -> list[tuple[Any, ...]]:
         assert self.train.batch_size is not None
         examples = draw_examples(requests, others, texts, generator)
-        targets = _Targets(others) if self.spec.method.serac.draw_targets else None
+        targets = Targets(others) if self.spec.method.serac.draw_targets else None
         found = [
             Example(
                 example.edit.text,
@@ -111,16 +110,3 @@ class SeracLearner(ModuleLearner):
         (examples,) = items
         found = losses(self.editor, examples, self.settings, _MAX_TOKENS)
         return {"loss": found.total, "edit_loss": found.edit, "locality_loss": found.scope}
-
-
-class _Targets:
-    """The answers that edits of a relation have."""
-
-    def __init__(self, requests: Sequence[EditRequest]) -> None:
-        by_relation: defaultdict[str | None, dict[str, None]] = defaultdict(dict)
-        for request in requests:
-            by_relation[request.relation_id][request.target_new] = None
-        self._by_relation = {name: list(found) for name, found in by_relation.items()}
-
-    def draw(self, request: EditRequest, generator: random.Random) -> str:
-        return generator.choice(self._by_relation.get(request.relation_id, [request.target_new]))

@@ -31,6 +31,9 @@ class TrainSpec(Part):
     own_prompt_share: Annotated[Finite, Field(ge=0, le=1)] = 0.0
     """Share of the examples whose edited model is asked by the request's own prompt; the others are
     asked by one of its paraphrases. Of `mend`, `malmen` and `ke`."""
+    draw_targets: bool = False
+    """Give an edit the new answer of another one of its relation, drawn anew each time, so that few
+    facts make many edits. Of `mend`, `malmen` and `ke`."""
     max_gradient_norm: Annotated[Finite, Field(gt=0)] | None = None
     """A step's gradient is scaled down to this norm."""
     validation: Annotated[Finite, Field(ge=0, le=0.5)] = 0.1

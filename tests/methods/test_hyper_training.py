@@ -308,10 +308,30 @@ def test_examples_are_asked_by_paraphrases_and_leave_other_answers_alone() -> No
     assert {example.asked for _, example in drawn} == {"Where is A1? In"}
     both = {("B is in", "Paris"), ("C speaks", "Czech")}
     assert {e.left for e, _ in drawn} == {e.left for _, e in drawn} == both
+    asked = [
+        draw_examples([whole], [whole], [], random.Random(seed), own_prompt_share=0.5)[0].asked
+        for seed in range(20)
+    ]
+    assert set(asked) == {"A1 is in", "Where is A1? In"}
     texts = draw_examples([plain], [plain], ["One text.", "Two."], random.Random(0))
     assert texts[0].left in {("One text.", None), ("Two.", None)}
     with pytest.raises(InputError, match=r"train\.corpus: no request has a locality question"):
         draw_examples([plain], [plain], [], random.Random(0))
+
+
+def test_drawn_targets_are_of_the_relation_and_never_the_answer_before() -> None:
+    own = {"relation_id": "r", "target_true": "Oslo", "neighborhood_prompts": ("B is in",)}
+    made = [_request(n, **own).model_copy(update={"target_new": t}) for n, t in enumerate("abc")]
+    made.append(_request(3, **{**own, "target_true": "a"}))
+    made.append(_request(4, neighborhood_prompts=("B is in",), target_true="Oslo"))
+    trainable = _trainable("malmen", batch_size=5, draw_targets=True)
+    drawn: list[set[str]] = [set() for _ in made]
+    for seed in range(60):
+        ((examples),) = trainable.pieces(made, made, [], random.Random(seed))
+        for seen, example, request in zip(drawn, examples, made, strict=True):
+            seen.add(example.edit.target_new)
+            assert example.edit.case_id == request.case_id
+    assert drawn == [{"a", "b", "c", "Rome"}] * 3 + [{"b", "c", "Rome"}, {"Rome"}]
 
 
 def test_what_is_left_alone_is_an_answer_or_a_whole_text() -> None:
