@@ -14,7 +14,7 @@ from benchmarks.machine import print_goals, print_table, report
 from benchmarks.plain_attribution import plain_scores
 from benchmarks.timing import alternate
 from benchmarks.workload import Workload, parser, spread
-from pipeline.cluster.worker import TOKENS_PER_BACKWARD
+from pipeline.cluster.calls.base import TOKENS_PER_BACKWARD
 from pipeline.editing.attribution import Attributions, AttributionSettings, attribute
 from pipeline.planning.flops import ModelSize, attribution_flops
 from pipeline.prompts import FactPrompts, tokenize_fact_prompts

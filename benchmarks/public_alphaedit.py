@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.machine import RESULTS, print_goals, print_table, report
 from benchmarks.public_alphaedit_code import PublicAlphaEdit
 from benchmarks.workload import spread
+from pipeline.cluster.calls.base import TOKENS_PER_BATCH
 from pipeline.cluster.plan import Plan, make_plan
-from pipeline.cluster.worker import TOKENS_PER_BATCH
 from pipeline.covariances import covariance_path, read_covariance
 from pipeline.editing.update import EditedWeights
 from pipeline.evaluation.metrics import rows, summarise

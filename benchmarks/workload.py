@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.machine import RESULTS, ROOT
 from benchmarks.timing import CLOCKS
+from pipeline.cluster.calls.base import TOKENS_PER_BATCH
 from pipeline.cluster.plan import make_plan
-from pipeline.cluster.worker import TOKENS_PER_BATCH
 from pipeline.editing.batching import TokenBatch
 from pipeline.models.editable import EditableModel, resolve_device
 from pipeline.models.loading import fuse_activations, load_model, load_tokenizer

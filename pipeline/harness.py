@@ -3,8 +3,9 @@
 import importlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -87,11 +88,13 @@ def run_harness(
     model, tokenizer = load_model(source, resolve_device()[0]), load_tokenizer(source)
     # The edited model first: a run that does not fit is refused before anything is scored.
     given = {"tokenizer": tokenizer, "batch_size": batch_size}
+    revert: Callable[[], None]
     if spec.method.is_memory:
         served, memory = served_run(opened, model, tokenizer, round=round)
         harnessed = _looking_up(huggingface.HFLM)(pretrained=served, **given)
+        revert = partial(memory.remove, [entry.key for entry in memory])
     else:
-        applied = apply_updates(model, run, round=round)
+        revert = apply_updates(model, run, round=round).revert
         harnessed = huggingface.HFLM(pretrained=model, **given)
 
     def evaluated(task: str) -> _Results:
@@ -102,10 +105,7 @@ def run_harness(
         return found
 
     edited = {task: evaluated(task) for task in tasks}
-    if spec.method.is_memory:
-        memory.remove([entry.key for entry in memory])
-    else:
-        applied.revert()
+    revert()
     number = last_round(opened) if round is None else round
     place = below(opened.place, FOLDER) if output is None else output
     rows: Rows = []

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.editing.serac.memory import MemoryEntry
-from pipeline.editing.serac.serving import SeracAnswerModel, SeracModel
+from pipeline.editing.serac.serving import SeracModel, serac_model
 from pipeline.editors import CARD, WEIGHTS, read_card
 from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.methods.serac import load_editor, make_router
@@ -99,8 +99,7 @@ def load_serac(directory: str | Path, model: PreTrainedModel | None = None) -> S
     rows = memory.select(["case_id", "prompt", "target"]).to_pylist()
     entries = [MemoryEntry(row["case_id"], row["prompt"], row["target"]) for row in rows]
     router.memory.add(entries, torch.tensor(memory["embedding"].to_pylist()))
-    kind = SeracAnswerModel if editable.has_encoder else SeracModel
-    return kind(model, router, tokenizer)
+    return serac_model(editable, router, tokenizer)
 
 
 def _read(place: Path) -> tuple[_Described, pa.Table]:

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.applying import require_fingerprint, require_round, rounds_of, spec_of
 from pipeline.editing.adapters import MemoryAdapter
 from pipeline.editing.serac.memory import EditMemory
-from pipeline.editing.serac.serving import SeracModel
+from pipeline.editing.serac.serving import SeracModel, serac_model
 from pipeline.errors import ResultsDamagedError
 from pipeline.methods.serac import Serac
-from pipeline.models.editable import EditableModel
+from pipeline.models.encoder_decoder import editable_model
 from pipeline.results import Run
 from pipeline.results.updates import read_update
 
@@ -42,7 +42,8 @@ def served_run(
     require_round(run, round)
     run.verify()
     require_fingerprint(model, run)
-    router = Serac(spec_of(run).method).router(EditableModel(model), tokenizer)
+    editable = editable_model(model)
+    router = Serac(spec_of(run).method).router(editable, tokenizer)
     for number in rounds_of(run, round):
         for path in run.updates(number):
             change = read_update(path)[1]
@@ -50,7 +51,7 @@ def served_run(
                 raise ResultsDamagedError(f"{path} holds no entries of a memory")
             if change.entries:
                 router.memory.add(change.entries, change.parts["embeddings"])
-    return SeracModel(model, router, tokenizer), router.memory
+    return serac_model(editable, router, tokenizer), router.memory
 
 
 @torch.no_grad()

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.applying import check_shapes, require_round
+from pipeline.cluster.calls.base import TOKENS_PER_BATCH
 from pipeline.cluster.forgetting import Forgetting
 from pipeline.cluster.plan import cut_probes
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.removal import Remainder, Removal, recorded_covariances
 from pipeline.cluster.resume import earlier_spec
-from pipeline.cluster.worker import TOKENS_PER_BATCH
 from pipeline.editing.update import Change, EditedWeights
 from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.evaluation.asking import scores_of

@@ -1,7 +1,6 @@
 """`editfleet harness`: lm-evaluation-harness on tasks defined here, no network."""
 
 import io
-import json
 import math
 import re
 import shutil
@@ -25,17 +24,8 @@ from pipeline.report.benchmarks import benchmark_table
 from pipeline.results import read
 from pipeline.results.harness import write_harness
 from pipeline.results.schemas import HARNESS
-from tests.tiny_jobs import TinyJobs, records
-
-# What the edits of `TinyJobs` are about, so that the two models differ.
-QUESTIONS = [
-    (
-        edit["prompt"].format(edit["subject"]),
-        [f" {edit[target]['str']}" for target in ("target_true", "target_new")],
-        1,
-    )
-    for edit in (record["requested_rewrite"] for record in records(12))
-]
+from tests.lm_eval_tasks import QUESTIONS, write_questions, write_task
+from tests.tiny_jobs import TinyJobs
 
 needs_harness = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'editfleet[harness]'"
@@ -46,26 +36,9 @@ needs_harness = pytest.mark.skipif(
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two multiple-choice tasks, one of which cannot be loaded."""
     folder = tmp_path_factory.mktemp("tasks")
-    rows = [{"question": q, "options": o, "answer": a} for q, o, a in QUESTIONS]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(folder / "questions.jsonl")
     for name, file in (("facts", "questions.jsonl"), ("lost", "absent.jsonl")):
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {
-                "data_files": {"test": str(folder / file)},
-                "cache_dir": str(folder / "cache"),
-            },
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}",
-            "doc_to_choice": "options",
-            "doc_to_target": "answer",
-            "target_delimiter": "",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 3},
-        }
-        (folder / f"{name}.yaml").write_text(json.dumps(task))
+        write_task(folder, name, file, metadata={"version": 3})
     return folder
 
 

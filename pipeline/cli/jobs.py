@@ -239,11 +239,11 @@ def plan(
     rate, reducer_rate = (
         None if given is None else given * 1e9 for given in (gflops, reducer_gflops)
     )
-    entries = [] if job.survey is None else plan_survey(survey_cells(job))
-    if job.survey is None:
+    cells = None if job.survey is None else plan_survey(survey_cells(job))
+    if cells is None:
         found = [make_plan(one) for one in ([job] if job.compare is None else variants(job))]
     else:
-        found = [entry.plan for entry in entries if entry.plan is not None]
+        found = [cell.plan for cell in cells if cell.plan is not None]
     estimates = make_estimates(
         found,
         rate=rate,
@@ -255,18 +255,19 @@ def plan(
     for study, estimate in zip(found, estimates, strict=True):
         if job.compare is not None:
             print_line(console, f"study {study.spec.run_path.name}")
-        if job.survey is None:
+        if cells is None:
             console.print(plan_tables(study, estimate))
         if save:
             print_line(console, f"plan: {write_estimate(study.spec.place, estimate)}")
-    memory = side_by_side([estimate.memory for estimate in estimates])
     if job.compare is not None:
         print_line(console, "seconds of all studies side by side, at most, by workers:")
         names = [study.spec.run_path.name for study in found]
         console.print(comparison_seconds(dict(zip(names, estimates, strict=True))))
-    if job.survey is not None:
-        console.print(survey_tables(planned(entries, estimates)))
+    if cells is None:
+        memory = side_by_side([estimate.memory for estimate in estimates])
+    else:
         memory = largest_memory(estimates)
+        console.print(survey_tables(planned(cells, estimates)))
     has = worker_share(found[0].spec) if worker_memory is None else worker_memory * 1e9
     if has is not None and (problem := shortage(memory, has)):
         typer.echo(one_line(f"editfleet: {problem}"), err=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.outcomes import num_items, shards_left
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.scheduler import Outcome, Scheduler
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.adapters import Adapter
 from pipeline.errors import DivergedError
 from pipeline.methods import AdapterMethod, join

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.shards import Shard
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.covariances import (
     CovarianceIdentity,
     default_directory,

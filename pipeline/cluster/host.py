@@ -7,9 +7,10 @@ told whatever ran beside it or before it.
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.cluster.calls.base import Replica
 from pipeline.cluster.reducer import Reducer
 from pipeline.cluster.usage import Usage
-from pipeline.cluster.worker import EditWorker, Replica
+from pipeline.cluster.worker import EditWorker
 from pipeline.spec import JobSpec, MethodSpec
 
 _NOT_EDITING = frozenset(

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.covariance import Covariances
 from pipeline.cluster.divergence import stop_or_warn
 from pipeline.cluster.engine import WorkerLostError
@@ -18,7 +19,6 @@ from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.cluster.tree import groups_of, sum_in_tree
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.update import Change, Update, output_change
 from pipeline.errors import DivergedError, JobFailedError
 from pipeline.methods import first_of_each_value, wraps_updates

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.engine import WorkerLostError
 from pipeline.cluster.examples import Examples
 from pipeline.cluster.plan import Plan, make_plan
@@ -25,7 +26,6 @@ from pipeline.cluster.resume import open_earlier, require_same_job, require_same
 from pipeline.cluster.run import RunResult, make_scheduler, start_engine
 from pipeline.cluster.scheduler import Scheduler
 from pipeline.cluster.shards import Shard
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.editors import write_editor
 from pipeline.errors import DivergedError, InputError, JobFailedError
 from pipeline.methods import resolve_training

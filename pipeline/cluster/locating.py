@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.neuron_tables import candidates_by_case, edited_neurons, neuron_rows
 from pipeline.cluster.outcomes import num_items, rows_and_failures, shards_left
 from pipeline.cluster.progress import PhaseProgress
@@ -17,7 +18,6 @@ from pipeline.cluster.round_updates import apply_stored, finished_update, store_
 from pipeline.cluster.scheduler import Outcome, Scheduler
 from pipeline.cluster.shards import Shard
 from pipeline.cluster.value_search import without
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.knowledge_neurons import Candidates
 from pipeline.errors import JobFailedError
 from pipeline.methods import KnowledgeNeurons

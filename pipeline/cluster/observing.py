@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.covariance import Covariances
 from pipeline.cluster.outcomes import num_items, rows_and_failures, shards_left
 from pipeline.cluster.plan import Plan, make_plan
@@ -23,7 +24,6 @@ from pipeline.cluster.resume import open_earlier, require_same_job, require_same
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.run import RunResult, make_scheduler, start_engine
 from pipeline.cluster.scheduler import Arguments, Scheduler
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import InputError
 from pipeline.requests import EditRequest
 from pipeline.results.driving import driving

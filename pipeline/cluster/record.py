@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.covariance import Covariances
 from pipeline.cluster.general import held_out_entry
 from pipeline.cluster.plan import Plan, cut_probes
 from pipeline.cluster.progress import PhaseProgress
 from pipeline.cluster.rounds import BASELINE_ROUND
 from pipeline.cluster.scheduler import Scheduler
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import JobFailedError
 from pipeline.evaluation.summary import summarise_job
 from pipeline.model_card import write_model_card

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.outcomes import rows_of
 from pipeline.cluster.progress import PhaseProgress, Ticker
 from pipeline.cluster.scheduler import Scheduler
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import JobFailedError
 from pipeline.methods import MemoryMethod
 from pipeline.requests import EditRequest

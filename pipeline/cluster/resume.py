@@ -5,6 +5,7 @@ from collections.abc import Container, Mapping
 
 import numpy as np
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.covariance import Covariances
 from pipeline.cluster.general import held_out_entry
 from pipeline.cluster.outcomes import shards_left
@@ -12,7 +13,6 @@ from pipeline.cluster.plan import Plan, cut_probes
 from pipeline.cluster.queries import digest
 from pipeline.cluster.record import package_versions, plan_entries
 from pipeline.cluster.rounds import BASELINE_ROUND
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
 from pipeline.methods import build_adapter_method, build_method
 from pipeline.places import below

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Sequence
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.scheduler import Scheduler
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.update import Change
 from pipeline.errors import DivergedError
 from pipeline.methods import wraps_updates

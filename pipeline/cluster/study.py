@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipeline.cluster.adapting import Adapting
 from pipeline.cluster.anchor import measure_anchor
 from pipeline.cluster.apart import Lane, run_lanes
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.covariance import Covariances, ensure_covariances
 from pipeline.cluster.divergence import find_ruin, not_taken, stop_or_warn
 from pipeline.cluster.engine import Engine
@@ -48,7 +49,6 @@ from pipeline.cluster.shards import Shard
 from pipeline.cluster.sharing import Sharing, take_over, unedited_key, values_key
 from pipeline.cluster.training import Training
 from pipeline.cluster.value_search import search_values, search_values_apart, without
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.editors import require_own_editor
 from pipeline.errors import DivergedError, JobFailedError
 from pipeline.methods import (

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from pipeline.cluster.calls.base import WorkerDescription
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.engine import WorkerLostError
 from pipeline.cluster.progress import PhaseProgress, Ticker
 from pipeline.cluster.round_updates import apply_stored, finished_update, store_update
 from pipeline.cluster.scheduler import Outcome, Scheduler
 from pipeline.cluster.shards import Shard
-from pipeline.cluster.worker import WorkerDescription
 from pipeline.editing.descent import Step
 from pipeline.editing.update import Change, Update
 from pipeline.errors import JobFailedError

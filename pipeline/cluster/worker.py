@@ -6,25 +6,9 @@ What it can be asked is in `pipeline.cluster.calls`, by kinds of methods.
 
 from pipeline.cluster.calls.adapters import AdapterCalls
 from pipeline.cluster.calls.asking import AskingCalls
-from pipeline.cluster.calls.base import (
-    EDITS_PER_BATCH,
-    TOKENS_PER_BACKWARD,
-    TOKENS_PER_BATCH,
-    Replica,
-    WorkerDescription,
-)
 from pipeline.cluster.calls.closed_form import ClosedFormCalls
 from pipeline.cluster.calls.gradients import GradientCalls
 from pipeline.cluster.calls.neurons import NeuronCalls
-
-__all__ = [
-    "EDITS_PER_BATCH",
-    "TOKENS_PER_BACKWARD",
-    "TOKENS_PER_BATCH",
-    "EditWorker",
-    "Replica",
-    "WorkerDescription",
-]
 
 
 class EditWorker(ClosedFormCalls, GradientCalls, AdapterCalls, NeuronCalls, AskingCalls):

@@ -43,9 +43,8 @@ def draw_examples(
     """Make an example of each request.
 
     It is asked by one of its paraphrases, or as it is where it has none, and in `own_prompt_share`
-    of all cases. What is left alone is one
-    of `texts`, where there are some; else one of its locality questions or neighbours, or of
-    another request's where it has none.
+    of all cases. What is left alone is one of `texts`, where there are some; else one of its
+    locality questions or neighbours, or of another request's where it has none.
 
     Raises:
         InputError: there is nothing to leave alone.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.evaluation.probes import Probe
 from pipeline.models.loading import encoder_class, load_encoder_config
-from pipeline.planning.flops import ModelSize, scoring_flops
+from pipeline.planning.flops import ModelSize, matrix_entries, scoring_flops
 from pipeline.planning.outline import ModelOutline, outline
 from pipeline.prompts import EditPrompts, token_ids
 from pipeline.spec import ModelSpec
@@ -99,5 +99,4 @@ def _encoder(path: str) -> tuple[int, int]:
     with torch.device("meta"):
         model = encoder_class(config).from_config(config)
     embedding = model.get_input_embeddings().weight.numel()
-    matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim >= 2)
-    return matrices - embedding, int(config.get_text_config().hidden_size)
+    return matrix_entries(model) - embedding, int(config.get_text_config().hidden_size)

@@ -43,13 +43,17 @@ class ModelSize:
         mlps = [model.mlp(layer) for layer in range(model.num_blocks)]
         encoder, crossing = [], [0] * model.num_blocks
         if isinstance(model, EncoderDecoderModel):
-            encoder = [_entries(block) for block in model.encoder_blocks]
+            encoder = [matrix_entries(block) for block in model.encoder_blocks]
             # Keys and values; queries and output are of the decoder's own tokens.
-            crossing = [_entries(attention) // 2 for attention in model.cross_attentions]
+            crossing = [matrix_entries(attention) // 2 for attention in model.cross_attentions]
         return cls(
-            tuple(_entries(block) - m for block, m in zip(model.blocks, crossing, strict=True)),
-            tuple(0 if mlp is None else _entries(mlp) for mlp in mlps),
-            tuple(_entries(model.down_projection(layer)) for layer in range(model.num_blocks)),
+            tuple(
+                matrix_entries(block) - m for block, m in zip(model.blocks, crossing, strict=True)
+            ),
+            tuple(0 if mlp is None else matrix_entries(mlp) for mlp in mlps),
+            tuple(
+                matrix_entries(model.down_projection(layer)) for layer in range(model.num_blocks)
+            ),
             model.hidden_size * model.vocab_size,
             tuple(encoder),
             tuple(crossing),
@@ -89,7 +93,8 @@ class ModelSize:
         return self.source_up_to(len(self.crossing) - 1)
 
 
-def _entries(module: nn.Module) -> int:
+def matrix_entries(module: nn.Module) -> int:
+    """Entries of a module's matrices; vectors (norms, biases) are left out."""
     return sum(weight.numel() for weight in module.parameters() if weight.ndim >= 2)
 
 

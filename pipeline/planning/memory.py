@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from pipeline.cluster.calls.base import EDITS_PER_BATCH
 from pipeline.cluster.plan import Plan
 from pipeline.cluster.reducer import KEPT_BYTES
-from pipeline.cluster.worker import EDITS_PER_BATCH
 from pipeline.editing.memory import free_bytes, value_bytes, value_parts
 from pipeline.methods import build_adapter_method
 from pipeline.models.editable import resolve_device

@@ -235,9 +235,7 @@ def _adapter_work(
     # An encoder reads as much of a text as makes queries.
     of_token = size.up_to(layer) + size.source_up_to(layer)
     total = patch_flops(size, edits, layer, steps, patches, entries)
-    rounds = [[r for shard in shards for r in shard.items] for shards in plan.rounds.shards]
-    cut = [cut_shards(items, method.edits_of_a_piece) for items in rounds]
-    counts = [[len(piece.items) for piece in pieces] for pieces in cut]
+    counts = _counts(plan, method.edits_of_a_piece)
     return replace(
         _evaluation(plan, model, size, tokenizer),
         steps=steps,
@@ -255,13 +253,17 @@ def _memory_work(
 ) -> Work:
     """What a plan of SERAC computes."""
     beside = EditMemorySize.of(plan.spec.method.serac, model, edits)
-    rounds = [[r for shard in shards for r in shard.items] for shards in plan.rounds.shards]
-    cut = [cut_shards(items, EDITS_REMEMBERED_AT_ONCE) for items in rounds]
-    counts = [[len(piece.items) for piece in pieces] for pieces in cut]
+    counts = _counts(plan, EDITS_REMEMBERED_AT_ONCE)
     return replace(
         _evaluation(plan, model, size, tokenizer, beside),
         memory=_pieces([beside.embedding_flops], counts),
     )
+
+
+def _counts(plan: Plan, edits_of_a_piece: int) -> list[list[int]]:
+    """Edits of every piece of every round, where pieces are cut from whole rounds."""
+    rounds = [[r for shard in shards for r in shard.items] for shards in plan.rounds.shards]
+    return [[len(p.items) for p in cut_shards(items, edits_of_a_piece)] for items in rounds]
 
 
 def _pieces(of_one: Sequence[float], counts: Sequence[Sequence[int]]) -> tuple[Pieces, ...]:

@@ -1,6 +1,5 @@
 """`editfleet harness` on a run with an edit memory: contexts are looked up, running text is not."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,16 +11,9 @@ from pipeline import export_model, load_serac, run_batch_edit
 from pipeline.harness import run_harness
 from pipeline.results import Run, read
 from pipeline.serving import log_likelihoods, served_run
+from tests.lm_eval_tasks import QUESTIONS, write_questions, write_task
 from tests.methods.test_serac_jobs import serac_spec
-from tests.tiny_jobs import TinyJobs, records
-
-QUESTIONS = [
-    (
-        edit["prompt"].replace("{}", edit["subject"]),
-        [f" {edit[target]['str']}" for target in ("target_true", "target_new")],
-    )
-    for edit in (record["requested_rewrite"] for record in records(12))
-]
+from tests.tiny_jobs import TinyJobs
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +72,15 @@ def test_running_text_is_read_by_the_edited_model(tiny: TinyJobs, run: Run) -> N
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: editfleet[harness]")
 def test_lm_eval_gives_what_a_plain_loop_does(tiny: TinyJobs, run: Run, tmp_path: Path) -> None:
-    rows = [{"question": q, "options": o, "answer": 1} for q, o in QUESTIONS]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8")
-    task = {
-        "task": "facts",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(tmp_path / "questions.jsonl")},
-            "cache_dir": str(tmp_path / "cache"),
-        },
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "options",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (tmp_path / "facts.yaml").write_text(json.dumps(task), encoding="utf-8")
+    write_questions(tmp_path / "questions.jsonl")
+    write_task(tmp_path, "facts", "questions.jsonl")
     [row] = run_harness(run.path, ["facts"], include_path=tmp_path, output=tmp_path / "out")
     export_model(run.path, tmp_path / "model")
     served = load_serac(tmp_path / "model")
     shares = []
     for _ in range(2):
         right = 0
-        for question, options in QUESTIONS:
+        for question, options, _ in QUESTIONS:
             prompt = served.tokenizer(question)["input_ids"]
             sums = [
                 log_likelihoods(

@@ -1,6 +1,6 @@
 """A SERAC model to serve: called and generated with as the language model that it wraps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.editing.batching import make_batch
+from pipeline.models.editable import EditableModel
 from pipeline.models.routing import RoutedLogits, Router, Routes, mixed
 
 
@@ -63,8 +64,7 @@ class SeracModel(nn.Module):
             ValueError: the rows go on from a cache: their prompts cannot be seen.
             InputError: the classifier cannot read a prompt.
         """
-        if options.get("past_key_values") is not None:
-            raise ValueError("SeracModel reads whole rows; call generate() to go on from a prompt")
+        _require_whole_rows(options)
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, **options)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompt = real if labels is None else real * (labels == -100)
@@ -120,14 +120,7 @@ class SeracModel(nn.Module):
         ids = {number: input_ids[number][real[number].bool()].tolist() for number in taken}
         rows = [routes.row(number, ids[number]) for number in taken]
         routes.require_room(max(map(len, rows)))
-        batch = make_batch(model, rows, range(len(rows)))
-        states = model.final(
-            None,
-            first=0,
-            masks=batch.masks,
-            position_ids=batch.positions,
-            input_ids=batch.ids,
-        )
+        states = _states(model, rows)
         for line, number in enumerate(taken):
             # A beginning-of-text token that h does not read again keeps the LM's logits.
             count = len(rows[line]) - len(routes.prefixes[number])
@@ -169,8 +162,7 @@ class SeracAnswerModel(SeracModel):
                 beginnings cannot be seen.
             InputError: the classifier cannot read a prompt.
         """
-        if options.get("past_key_values") is not None:
-            raise ValueError("SeracModel reads whole rows; call generate() to go on from a prompt")
+        _require_whole_rows(options)
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("give labels or decoder_input_ids: whole answers are read")
@@ -195,20 +187,41 @@ class SeracAnswerModel(SeracModel):
         return 1
 
 
-def _answers(
-    routes: Routes, taken: list[int], prompts: Sequence[Sequence[int]], rows: Sequence[list[int]]
+def serac_model(
+    model: EditableModel, router: Router, tokenizer: PreTrainedTokenizerBase
+) -> SeracModel:
+    """The wrapper that fits a model; arguments as of `SeracModel`."""
+    kind = SeracAnswerModel if model.has_encoder else SeracModel
+    return kind(model.model, router, tokenizer)
+
+
+def _require_whole_rows(options: Mapping[str, Any]) -> None:
+    if options.get("past_key_values") is not None:
+        raise ValueError("SeracModel reads whole rows; call generate() to go on from a prompt")
+
+
+def _states(
+    model: EditableModel,
+    rows: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """h's logits at the decoder's tokens of some rows, (rows, tokens, v)."""
-    sources = [routes.row(number, prompts[number]) for number in taken]
-    batch = make_batch(routes.model, rows, range(len(rows)), sources)
-    states = routes.model.final(
+    """Normed hidden states of whole rows, padded on the right, (rows, tokens, d)."""
+    batch = make_batch(model, rows, range(len(rows)), sources)
+    return model.final(
         None,
         first=0,
         masks=batch.masks,
         position_ids=batch.positions,
         input_ids=batch.ids,
     )
-    return routes.model.logits(states)
+
+
+def _answers(
+    routes: Routes, taken: list[int], prompts: Sequence[Sequence[int]], rows: Sequence[list[int]]
+) -> Tensor:
+    """h's logits at the decoder's tokens of some rows, (rows, tokens, v)."""
+    sources = [routes.row(number, prompts[number]) for number in taken]
+    return routes.model.logits(_states(routes.model, rows, sources))
 
 
 def _mixed_at(logits: Tensor, second: Tensor, routes: Routes, taken: list[int]) -> Tensor:
