@@ -9,11 +9,13 @@ from pipeline.methods.closed_form import ClosedForm
 from pipeline.methods.emmet import Emmet
 from pipeline.methods.fine_tuning import FineTuning
 from pipeline.methods.gradient import GradientMethod
-from pipeline.methods.hyper_training import TRAININGS
 from pipeline.methods.hypernetworks import TRAINED
+from pipeline.methods.ke_training import KnowledgeEditorTraining
 from pipeline.methods.knowledge_neurons import KnowledgeNeurons
+from pipeline.methods.malmen_training import MalmenTraining
 from pipeline.methods.memit import Memit
 from pipeline.methods.memit_accumulated import MemitAccumulated
+from pipeline.methods.mend_training import MendTraining
 from pipeline.methods.merge import first_of_each_value
 from pipeline.methods.nas import mean_length
 from pipeline.methods.pmet import Pmet
@@ -43,7 +45,12 @@ GRADIENT: dict[str, type[GradientMethod]] = {
 LOCATING: dict[str, type[KnowledgeNeurons]] = {"kn": KnowledgeNeurons}
 ADAPTER: dict[str, type[AdapterMethod]] = {"t_patcher": TPatcher}
 
-TRAINABLE: dict[str, type[Trainable]] = {**TRAININGS, "serac": SeracTraining}
+TRAINABLE: dict[str, type[Trainable]] = {
+    "mend": MendTraining,
+    "malmen": MalmenTraining,
+    "ke": KnowledgeEditorTraining,
+    "serac": SeracTraining,
+}
 """Methods whose editor is trained before it edits."""
 
 MEMORY: dict[str, type[MemoryMethod]] = {"serac": Serac}

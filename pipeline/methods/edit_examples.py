@@ -38,7 +38,8 @@ def draw_examples(
     others: Sequence[EditRequest],
     texts: Sequence[str],
     generator: random.Random,
-    own_prompt_share: float = 0.0,
+    *,
+    own_prompt_share: float,
 ) -> list[EditExample]:
     """Make an example of each request.
 
@@ -92,12 +93,8 @@ class Targets:
             by_relation[request.relation_id][request.target_new] = None
         self._by_relation = {name: list(found) for name, found in by_relation.items()}
 
-    def draw(self, request: EditRequest, generator: random.Random) -> str:
-        """One of the request's relation."""
-        return generator.choice(self._by_relation.get(request.relation_id, [request.target_new]))
-
     def redirected(self, request: EditRequest, generator: random.Random) -> EditRequest:
-        """The request with such an answer that is not the one before the edit."""
+        """The request with one of its relation that is not the answer before the edit."""
         found = self._by_relation.get(request.relation_id, [])
         others = [target for target in found if target != request.target_true]
         target = generator.choice(others or [request.target_new])

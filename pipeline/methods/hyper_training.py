@@ -1,4 +1,4 @@
-"""The training of MEND, MALMEN and KE.
+"""What the trainings of MEND, MALMEN and KE share.
 
 The loss of a batch of edits that are made together is, at the edited weights,
 
@@ -28,9 +28,7 @@ from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
 from pipeline.methods.edit_examples import (
     EditExample,
-    Targets,
     asked_rows,
-    draw_examples,
     kept_rows,
 )
 from pipeline.methods.hypernetworks import TrainedMethod, trained_method
@@ -38,7 +36,6 @@ from pipeline.methods.module_training import ModuleTrainer, add_gradients
 from pipeline.methods.trainable import (
     Contribution,
     Learner,
-    Measured,
     Shapes,
     State,
     Trainable,
@@ -51,7 +48,7 @@ from pipeline.spec import JobSpec
 
 # Tokens in one pass with gradients, edits that a worker is given at once, and bytes of the weights
 # that these have each for itself.
-_MAX_TOKENS, _EDITS_OF_A_PIECE, _BYTES_APART = 2048, 16, 2**29
+_MAX_TOKENS, EDITS_OF_A_PIECE, _BYTES_APART = 2048, 16, 2**29
 _OWN = frozenset({"editor", "editor_sha256"})
 
 T = TypeVar("T")
@@ -89,22 +86,9 @@ class HyperTrainable(Trainable):
     ) -> list[tuple[Any, ...]]:
         assert self.train.batch_size is not None
         size = self.train.batch_size
-        examples = self._drawn(requests, others, texts, generator)
-        batches = [tuple(part) for part in _cut(examples, size)]
-        return [tuple(part) for part in _cut(batches, max(1, _EDITS_OF_A_PIECE // size))]
-
-    def _drawn(
-        self,
-        requests: Sequence[EditRequest],
-        others: Sequence[EditRequest],
-        texts: Sequence[str],
-        generator: random.Random,
-    ) -> list[EditExample]:
-        if self.train.draw_targets:
-            targets = Targets(others)
-            requests = [targets.redirected(request, generator) for request in requests]
-        share = self.train.own_prompt_share
-        return draw_examples(requests, others, texts, generator, own_prompt_share=share)
+        examples = self.drawn(requests, others, texts, generator)
+        batches = [tuple(part) for part in cut(examples, size)]
+        return [tuple(part) for part in cut(batches, max(1, EDITS_OF_A_PIECE // size))]
 
     def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:
         return BatchLearner(self, weights, tokenizer)
@@ -127,32 +111,6 @@ class HyperTrainable(Trainable):
         own = self.spec.method.trained
         assert own is not None
         return own.model_dump(mode="json", exclude=set(_OWN))
-
-
-class MendTraining(HyperTrainable):
-    """Each matrix's rate has a learning rate of its own."""
-
-    published: Mapping[str, Any] = {
-        "batch_size": 2,
-        "accumulate": 10,
-        "learning_rate": 1e-6,
-        "warm_up": 0,
-        "edit_weight": 0.1,
-        "locality_weight": 1.0,
-        "max_gradient_norm": 100.0,
-    }
-
-    def optimiser(self, network: HyperNetwork) -> torch.optim.Optimizer:
-        assert self.train.learning_rate is not None
-        named = dict(network.named_parameters())
-        rates = [parameter for name, parameter in named.items() if name.startswith("rates.")]
-        others = [parameter for name, parameter in named.items() if not name.startswith("rates.")]
-        return torch.optim.Adam(
-            [
-                {"params": others, "lr": self.train.learning_rate},
-                {"params": rates, "lr": self.spec.method.mend.edit_rate_learning_rate},
-            ]
-        )
 
 
 class EditLosses:
@@ -267,7 +225,7 @@ class BatchLearner(Learner):
         self.network.load_state_dict(shared["network"])
         parts = [
             self._contribute(batches, shared["weights"], learns=learns)
-            for batches in _cut(items, self._at_once)
+            for batches in cut(items, self._at_once)
         ]
         return _added(parts)
 
@@ -321,7 +279,8 @@ def _added(parts: Sequence[Contribution]) -> Contribution:
     return Contribution(sum(part.count for part in parts), measures, gradients, rest)
 
 
-def _cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
+def cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Parts of so many items, the last one of what is left."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -378,191 +337,3 @@ class HyperTrainer(ModuleTrainer):
     def add(self, part: Contribution) -> None:
         super().add(part)
         self.module.take(part.rest or {})
-
-
-class MalmenTraining(HyperTrainable):
-    """A batch of edits is shared out over the workers, twice."""
-
-    passes = 2
-    answers_only = True
-    published: Mapping[str, Any] = {
-        "batch_size": 512,
-        "accumulate": 1,
-        "learning_rate": 1e-5,
-        "warm_up": 0,
-        "edit_weight": 1.0,
-        "locality_weight": 1.0,
-        "max_gradient_norm": 1.0,
-    }
-
-    def pieces(
-        self,
-        requests: Sequence[EditRequest],
-        others: Sequence[EditRequest],
-        texts: Sequence[str],
-        generator: random.Random,
-    ) -> list[tuple[Any, ...]]:
-        if self.train.accumulate != 1:
-            raise InputError(
-                "train.accumulate: malmen makes one batch a step; give a larger train.batch_size"
-            )
-        examples = self._drawn(requests, others, texts, generator)
-        return [tuple(part) for part in _cut(examples, _EDITS_OF_A_PIECE)]
-
-    def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:
-        return PieceLearner(self, weights, tokenizer)
-
-    def trainer(self, shapes: Shapes, state: State | None) -> Trainer:
-        return MalmenTrainer(self, self.network(shapes), state)
-
-
-class PieceLearner(Learner):
-    """Takes factors in the first pass, the losses' gradients at the edited weights in the second.
-
-    Args: as of `Trainable.learner`.
-    """
-
-    def __init__(
-        self,
-        trainable: HyperTrainable,
-        weights: EditedWeights,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self.trainable, self.weights, self.tokenizer = trainable, weights, tokenizer
-
-    def contribute(
-        self, items: Sequence[Any], number: int, shared: Any, *, learns: bool
-    ) -> Contribution:
-        if number == 0:
-            factors = factors_of(self.trainable, self.weights, self.tokenizer, items)
-            return Contribution(0, {}, rest=factors)
-        losses = EditLosses(self.trainable, self.weights, self.tokenizer, items)
-        with self.weights.tried(shared):
-            if not learns:
-                return Contribution(len(items), losses.measures(self.trainable.weights))
-            measures, slopes = losses.slopes(self.trainable.weights)
-        return Contribution(len(items), measures, rest=slopes)
-
-
-class MalmenTrainer(HyperTrainer):
-    """Makes the update between the passes, and the network's gradient after them."""
-
-    _factors: list[Factors]
-    _joined: Factors
-    _slopes: dict[int, Tensor]
-
-    def begin(self, *, learns: bool) -> Any:
-        super().begin(learns=learns)
-        self._factors, self._slopes = [], {}
-        return None
-
-    def add(self, part: Contribution) -> None:
-        ModuleTrainer.add(self, part)
-        if isinstance(part.rest, Factors):
-            self._factors.append(part.rest)
-            return
-        for layer, slope in (part.rest or {}).items():
-            before = self._slopes.get(layer)
-            self._slopes[layer] = slope if before is None else before + slope
-
-    def end_pass(self, number: int) -> Any:
-        self._joined = Factors.joined(self._factors)
-        if self._learns:
-            self.module.take(self.module.seen_in(self._joined))
-        updates = self.module.edit(self._joined)
-        return {layer: update.matrix() for layer, update in updates.items()}
-
-    def end(self) -> Measured:
-        if self._learns:
-            with torch.enable_grad():
-                self._gradients = self.module.gradients(self._joined, self._slopes)
-        return super().end()
-
-
-class KnowledgeEditorTraining(HyperTrainable):
-    """The divergence is held below a margin, by a multiplier that grows while it is not."""
-
-    answers_only = True
-    published: Mapping[str, Any] = {
-        "batch_size": 1,
-        "accumulate": 16,
-        "learning_rate": 3e-4,
-        "warm_up": 1000,
-        "edit_weight": 1.0,
-        "locality_weight": 1.0,
-    }
-
-    def __init__(self, spec: JobSpec) -> None:
-        super().__init__(spec)
-        self.smoothing = spec.method.ke.label_smoothing
-
-    def pieces(
-        self,
-        requests: Sequence[EditRequest],
-        others: Sequence[EditRequest],
-        texts: Sequence[str],
-        generator: random.Random,
-    ) -> list[tuple[Any, ...]]:
-        if self.train.batch_size != 1:
-            raise InputError(
-                "train.batch_size: ke makes one edit at a time; set it to 1 and give"
-                " train.accumulate"
-            )
-        return super().pieces(requests, others, texts, generator)
-
-    def trainer(self, shapes: Shapes, state: State | None) -> Trainer:
-        return ConstrainedTrainer(self, self.network(shapes), state)
-
-    def optimiser(self, network: HyperNetwork) -> torch.optim.Optimizer:
-        assert self.train.learning_rate is not None
-        rate = self.train.learning_rate
-        return torch.optim.RMSprop(network.parameters(), lr=rate, centered=True)
-
-
-# Where nine in ten edits succeed the margin becomes smaller.
-_ENOUGH = 0.9
-
-
-class ConstrainedTrainer(HyperTrainer):
-    """Steps down the Lagrangian, and up in its multiplier; measures with a weight that stays."""
-
-    def __init__(
-        self, trainable: KnowledgeEditorTraining, network: HyperNetwork, state: State | None
-    ) -> None:
-        self.own = trainable.spec.method.ke
-        self.multiplier, self.margin = trainable.weights.locality, self.own.margin
-        super().__init__(trainable, network, state)
-        if state is not None:
-            self.multiplier, self.margin = float(state["multiplier"]), float(state["margin"])
-
-    def shared(self) -> Any:
-        counts = self.trainable.weights
-        if self._learns:
-            counts = Weights(counts.edit, self.multiplier)
-        return {**super().shared(), "weights": counts}
-
-    def end(self) -> Measured:
-        measured = super().end()
-        if self._learns:
-            beyond = measured.measures["locality_loss"] - self.margin
-            moved = self.multiplier + self.own.multiplier_learning_rate * beyond
-            self.multiplier = max(0.0, moved)
-        return measured
-
-    def validated(self, measured: Measured) -> int:
-        if measured.measures["success"] > _ENOUGH:
-            smaller = self.margin * self.own.margin_factor
-            self.margin = max(self.own.margin_floor, smaller)
-        return super().validated(measured)
-
-    def state(self) -> State:
-        own = {"multiplier": self.multiplier, "margin": self.margin}
-        tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in own.items()}
-        return {**super().state(), **tensors}
-
-
-TRAININGS: dict[str, type[HyperTrainable]] = {
-    "mend": MendTraining,
-    "malmen": MalmenTraining,
-    "ke": KnowledgeEditorTraining,
-}

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.editing.serac.editor import SeracEditor
 from pipeline.editing.serac.training import Example, LossSettings, losses
 from pipeline.editing.update import EditedWeights
-from pipeline.methods.edit_examples import Targets, draw_examples
 from pipeline.methods.module_training import ModuleLearner, ModuleTrainer
 from pipeline.methods.serac import new_editor
 from pipeline.methods.trainable import Learner, Shapes, State, Trainable, Trainer
@@ -38,6 +37,8 @@ class SeracTraining(Trainable):
         "edit_weight": 0.1,
         "locality_weight": 1.0,
         "max_gradient_norm": 100.0,
+        "own_prompt_share": 0.5,
+        "draw_targets": True,
     }
 
     def pieces(
@@ -48,16 +49,9 @@ class SeracTraining(Trainable):
         generator: random.Random,
     ) -> list[tuple[Any, ...]]:
         assert self.train.batch_size is not None
-        examples = draw_examples(requests, others, texts, generator)
-        targets = Targets(others) if self.spec.method.serac.draw_targets else None
         found = [
-            Example(
-                example.edit.text,
-                targets.draw(example.edit, generator) if targets else example.edit.target_new,
-                generator.choice((example.edit.text, example.asked)),
-                example.left[0],
-            )
-            for example in examples
+            Example(example.edit.text, example.edit.target_new, example.asked, example.left[0])
+            for example in self.drawn(requests, others, texts, generator)
         ]
         size = self.train.batch_size
         starts = range(0, len(found), size)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.editing.update import EditedWeights
+from pipeline.methods.edit_examples import EditExample, Targets, draw_examples
 from pipeline.requests import EditRequest
 from pipeline.spec import JobSpec
 
@@ -129,7 +130,7 @@ class Trainable(ABC):
     """Passes over the pieces of a step."""
 
     published: Mapping[str, Any] = {}
-    """Settings of `train` that were published for it."""
+    """Settings of `train` that were published for it, or where nothing was, those that it has."""
 
     def __init__(self, spec: JobSpec) -> None:
         assert spec.train is not None, "a training has settings"
@@ -154,6 +155,21 @@ class Trainable(ABC):
         Raises:
             InputError: there is nothing to make them from.
         """
+
+    def drawn(
+        self,
+        requests: Sequence[EditRequest],
+        others: Sequence[EditRequest],
+        texts: Sequence[str],
+        generator: random.Random,
+    ) -> list[EditExample]:
+        """Make an example of each request, as `train` says; arguments as of `pieces`."""
+        if self.train.draw_targets:
+            targets = Targets(others)
+            requests = [targets.redirected(request, generator) for request in requests]
+        share = self.train.own_prompt_share
+        assert share is not None, "decided by resolve_training"
+        return draw_examples(requests, others, texts, generator, own_prompt_share=share)
 
     @abstractmethod
     def learner(self, weights: EditedWeights, tokenizer: PreTrainedTokenizerBase) -> Learner:

@@ -28,12 +28,13 @@ class TrainSpec(Part):
     locality_weight: Annotated[Finite, Field(ge=0)] | None = None
     """Weight in the loss of what they are to leave alone: the KL divergence of the edited model
     from the unedited one on other texts, nats a token."""
-    own_prompt_share: Annotated[Finite, Field(ge=0, le=1)] = 0.0
-    """Share of the examples whose edited model is asked by the request's own prompt; the others are
-    asked by one of its paraphrases. Of `mend`, `malmen` and `ke`."""
-    draw_targets: bool = False
+    own_prompt_share: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    """Share of the examples that are asked by the request's own prompt; the others are asked by one
+    of its paraphrases. Null is a half for `serac`, none for the others."""
+    draw_targets: bool | None = None
     """Give an edit the new answer of another one of its relation, drawn anew each time, so that few
-    facts make many edits. Of `mend`, `malmen` and `ke`."""
+    facts make many edits, and what is trained learns to read answers, not to remember them. Null
+    does it for `serac` alone."""
     max_gradient_norm: Annotated[Finite, Field(gt=0)] | None = None
     """A step's gradient is scaled down to this norm."""
     validation: Annotated[Finite, Field(ge=0, le=0.5)] = 0.1

@@ -104,6 +104,3 @@ class SeracSpec(TrainedSpec):
     hard_negatives: NonNegative = 0
     """In training, pair every edit with so many questions of other edits too, those nearest to
     it."""
-    draw_targets: bool = True
-    """In training, give an edit the answer of another one of its relation, drawn anew each time, so
-    that h learns to read its answers and not to remember them."""

@@ -302,7 +302,8 @@ def test_examples_are_asked_by_paraphrases_and_leave_other_answers_alone() -> No
         locality=(LocalityProbe(prompt="C speaks", target="Czech"),),
     )
     drawn = [
-        draw_examples([plain, whole], [plain, whole], [], random.Random(seed)) for seed in range(20)
+        draw_examples([plain, whole], [plain, whole], [], random.Random(seed), own_prompt_share=0)
+        for seed in range(20)
     ]
     assert {example.asked for example, _ in drawn} == {"A0 is in"}
     assert {example.asked for _, example in drawn} == {"Where is A1? In"}
@@ -313,10 +314,12 @@ def test_examples_are_asked_by_paraphrases_and_leave_other_answers_alone() -> No
         for seed in range(20)
     ]
     assert set(asked) == {"A1 is in", "Where is A1? In"}
-    texts = draw_examples([plain], [plain], ["One text.", "Two."], random.Random(0))
+    texts = draw_examples(
+        [plain], [plain], ["One text.", "Two."], random.Random(0), own_prompt_share=0
+    )
     assert texts[0].left in {("One text.", None), ("Two.", None)}
     with pytest.raises(InputError, match=r"train\.corpus: no request has a locality question"):
-        draw_examples([plain], [plain], [], random.Random(0))
+        draw_examples([plain], [plain], [], random.Random(0), own_prompt_share=0)
 
 
 def test_drawn_targets_are_of_the_relation_and_never_the_answer_before() -> None:
@@ -324,13 +327,18 @@ def test_drawn_targets_are_of_the_relation_and_never_the_answer_before() -> None
     made = [_request(n, **own).model_copy(update={"target_new": t}) for n, t in enumerate("abc")]
     made.append(_request(3, **{**own, "target_true": "a"}))
     made.append(_request(4, neighborhood_prompts=("B is in",), target_true="Oslo"))
-    trainable = _trainable("malmen", batch_size=5, draw_targets=True)
+    malmen = _trainable("malmen", batch_size=5, draw_targets=True)
+    spec = parse_spec({"method": {"name": "serac"}, "train": {"batch_size": 5}}, "the test")
+    serac = build_trainable(resolve_training(spec))
     drawn: list[set[str]] = [set() for _ in made]
     for seed in range(60):
-        ((examples),) = trainable.pieces(made, made, [], random.Random(seed))
+        (examples,) = malmen.pieces(made, made, [], random.Random(seed))
         for seen, example, request in zip(drawn, examples, made, strict=True):
             seen.add(example.edit.target_new)
             assert example.edit.case_id == request.case_id
+        # SERAC draws them without being told to.
+        ((batch,),) = serac.pieces(made, made, [], random.Random(seed))
+        assert [example.target for example in batch] == [e.edit.target_new for e in examples]
     assert drawn == [{"a", "b", "c", "Rome"}] * 3 + [{"b", "c", "Rome"}, {"Rome"}]
 
 
