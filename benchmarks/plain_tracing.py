@@ -1,8 +1,8 @@
 """Causal tracing as it is published: one restored state at a time, through the whole model.
 
 Each restoration is one forward pass over a clean row and N corrupted ones (arXiv 2202.05262,
-appendix B, and the code published with it), with logits at every position. The public code runs a
-second pass for every severed state, to see what to hold; here one a fact serves all of them.
+appendix B, and the code published with it), with logits at every position. A severed state takes
+two passes, the first one to see what to hold; one first pass a fact would serve all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,25 +24,30 @@ Action = tuple[nn.Module, Callable[[Tensor], None]]
 
 @torch.no_grad()
 def plain_map(
-    model: EditableModel, fact: Fact, kind: Kind, settings: TraceSettings
+    model: EditableModel,
+    fact: Fact,
+    kind: Kind,
+    settings: TraceSettings,
+    *,
+    shares_first_pass: bool = False,
 ) -> list[list[float]]:
-    """Probability of the clean run's answer for every token and layer: T lists of L numbers."""
-    held = _corrupted_outputs(model, fact, settings) if kind.startswith("severed") else {}
+    """Probability of the clean run's answer for every token and layer: T lists of L numbers.
+
+    Args:
+        shares_first_pass: let all severed states of the fact have one first pass, as nobody has
+            published it.
+    """
+    is_severed = kind.startswith("severed")
+    shared = _corrupted_outputs(model, fact, settings) if is_severed and shares_first_pass else None
     answer = int(_logits(model, fact, settings, [])[0, -1].argmax())
-    tokens, layers = range(len(fact.ids)), range(model.num_blocks)
-    return [
-        [
-            float(
-                _logits(model, fact, settings, _actions(model, kind, token, layer, settings, held))[
-                    1:, -1
-                ]
-                .softmax(dim=-1)[:, answer]
-                .mean()
-            )
-            for layer in layers
-        ]
-        for token in tokens
-    ]
+
+    def restored(token: int, layer: int) -> float:
+        held = shared or (_corrupted_outputs(model, fact, settings) if is_severed else {})
+        logits = _logits(model, fact, settings, _actions(model, kind, token, layer, settings, held))
+        return float(logits[1:, -1].softmax(dim=-1)[:, answer].mean())
+
+    layers = range(model.num_blocks)
+    return [[restored(token, layer) for layer in layers] for token in range(len(fact.ids))]
 
 
 def _actions(
