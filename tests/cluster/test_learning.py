@@ -309,7 +309,7 @@ SPECS = Path(__file__).parents[2] / "jobs" / "specs"
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("name", "setting", "reliability", "locality"),
-    [("mend", "single", 95.0, 30.0), ("malmen", "batch", 90.0, 60.0), ("ke", "single", 95.0, 15.0)],
+    [("mend", "single", 95.0, 30.0), ("malmen", "batch", 95.0, 50.0), ("ke", "single", 95.0, 15.0)],
 )
 def test_editors_of_the_embedded_world_write_twenty_facts_they_have_not_seen(
     tmp_path: Path, name: str, setting: str, reliability: float, locality: float
