@@ -94,22 +94,27 @@ class KeyWave:
                 pack.half.keep_input()
 
     @torch.no_grad()
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, *, in_groups: bool = True) -> tuple[Tensor, Tensor]:
         """Read the keys at `layer` and the hidden states at the output of block L.
 
         Layers are to be asked for in ascending order, each after the updates of the ones before;
         asking for one again gives the same bits.
 
+        Args:
+            layer: the block.
+            in_groups: take the mean over the groups {bare prompt} and {the other contexts} of the
+                mean within the group (MEMIT, arXiv 2210.07229, equation 19 and its published code);
+                else the mean over all contexts alike (ROME, arXiv 2202.05262, equation 3).
+
         Returns:
-            keys: (N, f) in the model's dtype, on the layer's device: the mean over the groups
-                {bare prompt} and {the other contexts} of the mean within the group (MEMIT, arXiv
-                2210.07229, equation 19 and its published code).
+            keys: (N, f) in the model's dtype, on the layer's device.
             hidden: (N, d) in the model's dtype, on block L's device, at the bare prompt's lookup
                 token; what the down-projection of block L puts out, where that is `written`.
         """
         keys, hidden = self.read_bare(layer)
         if self.num_others:
-            keys = (keys + self._mean_of_others(layer)) / 2
+            others = 1 if in_groups else self.num_others
+            keys = (keys + others * self._mean_of_others(layer)) / (1 + others)
         return keys, hidden
 
     @torch.no_grad()

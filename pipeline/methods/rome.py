@@ -1,8 +1,9 @@
 """ROME (arXiv 2202.05262): one edit, one layer, a rank-one update.
 
 (v - W k_c) u^T / (u^T k_c) with u = C^-1 k (equation 2), which writes v at k_c exactly. k is the
-mean key over the contexts. The published code takes the bare prompt's key as k_c; where u^T k_c is
-small that update explodes, which r-ROME (arXiv 2403.07175) cures by one key throughout.
+mean key over the contexts, the bare prompt's among them (equation 3). The published code takes the
+bare prompt's key as k_c; where u^T k_c is small that update explodes, which r-ROME (arXiv
+2403.07175) cures by one key throughout.
 
 The value is MEMIT's: delta is searched at the output of the block, where the MLP's output arrives
 unchanged, and v - W k = delta. Its bound is relative to the block's output, not to the MLP's.
@@ -34,7 +35,7 @@ class Rome(ClosedForm):
         residuals = missing(values_ND, hidden)
         if self.spec.rome.form == "p-rome":
             return bare, residuals
-        keys, _ = wave.read(layer)
+        keys, _ = wave.read(layer, in_groups=False)
         if self.spec.rome.form == "original":
             return torch.cat([keys, bare], dim=1), residuals
         # v is the bare prompt's; W k_c is at the mean key.
@@ -42,6 +43,8 @@ class Rome(ClosedForm):
         return keys, residuals + (bare - keys).to(residuals.dtype) @ weight.T
 
     def penalty(self, covariance_FF: Tensor) -> Penalty:
+        if self.spec.rome.covariance == "identity":
+            covariance_FF = torch.eye(len(covariance_FF)).to(covariance_FF)
         return Penalty(covariance_FF)
 
     def equations(

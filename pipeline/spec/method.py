@@ -96,6 +96,9 @@ class RomeSpec(Part):
     form: Literal["r-rome", "p-rome", "original"] = "r-rome"
     """Which keys are used: the mean over the contexts everywhere (r-ROME, arXiv 2403.07175), the
     bare prompt's everywhere (p-ROME), or the published mixture of both, which at times explodes."""
+    covariance: Literal["corpus", "identity"] = "corpus"
+    """C, or nothing in its place: u = k, as EasyEdit has it for Llama and Qwen
+    (`mom2_adjustment: false`). What is watched for divergence is C all the same."""
 
 
 class RectSpec(Part):

@@ -19,23 +19,27 @@ def _wave(
     return KeyWave(tiny.editable, prompts, LAYERS[-1], max_tokens=max_tokens, keep=keep)
 
 
-def _expected(tiny: Case, layer: int, contexts: list[str] = CONTEXTS) -> tuple[Tensor, Tensor]:
+def _expected(
+    tiny: Case, layer: int, contexts: list[str] = CONTEXTS, *, in_groups: bool = True
+) -> tuple[Tensor, Tensor]:
     keys, hidden = [], []
     for edit in EDITS:
         down = tiny.down_projections[layer]
-        keys.append(compute_key(tiny.model, tiny.tokenizer, down, edit, contexts))
+        own = (tiny.model, tiny.tokenizer, down, edit, contexts)
+        keys.append(compute_key(*own, in_groups=in_groups))
         row = rewrite_rows(tiny.tokenizer, contexts, *edit)[0]
         hidden.append(block_output(tiny.model, tiny.blocks[LAYERS[-1]], row))
     return torch.stack(keys), torch.stack(hidden)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_keys_and_hidden_states_are_those_of_the_oracle(family: str) -> None:
+@pytest.mark.parametrize("in_groups", [True, False])
+def test_keys_and_hidden_states_are_those_of_the_oracle(family: str, in_groups: bool) -> None:
     tiny = case(family)
     wave = _wave(tiny)
     for layer in LAYERS:
-        keys, hidden = wave.read(layer)
-        expected_keys, expected_hidden = _expected(tiny, layer)
+        keys, hidden = wave.read(layer, in_groups=in_groups)
+        expected_keys, expected_hidden = _expected(tiny, layer, in_groups=in_groups)
         assert keys.shape == (len(EDITS), 64) and hidden.shape == (len(EDITS), 32)
         for ours, theirs in zip((*keys, *hidden), (*expected_keys, *expected_hidden), strict=True):
             assert relative_error(ours, theirs) < tiny.tolerance

@@ -102,7 +102,7 @@ def test_rome_writes_one_value_exactly(tiny: TinyJobs, form: str) -> None:
     plain, edit = _plain(tiny), _plain(tiny).edits[0]
     module, weight = plain.down_projections[1], plain.weight(1)
     both = [
-        compute_key(plain.model, plain.tokenizer, module, edit, contexts)
+        compute_key(plain.model, plain.tokenizer, module, edit, contexts, in_groups=False)
         for contexts in (CONTEXTS, CONTEXTS[:1])
     ]
     mean, bare = both

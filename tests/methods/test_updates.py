@@ -219,6 +219,9 @@ def test_rome_is_the_papers(size: int, hidden: int, seed: int) -> None:
         emmet = _method("emmet", emmet={"damping": 0})
         assert relative_error(found, _matrix(emmet, key[None], residual, covariance)) < _FLOAT32
         assert relative_error(found @ key, residual[0]) < 1e-4
+    plain = _method("rome", rome={"covariance": "identity"}, **covariance_weight)
+    found = _matrix(plain, key[None], residual, covariance)
+    assert relative_error(found, torch.outer(residual[0], key) / key.square().sum()) < _FLOAT32
     method = _method("rome", rome={"form": "original"}, **covariance_weight)
     found = _matrix(method, torch.cat([key, bare])[None], residual, covariance)
     expected = oracle.rome(key, bare, residual[0], covariance)

@@ -226,11 +226,13 @@ def compute_key(
     down_projection: nn.Module,
     request: Edit,
     contexts: Sequence[str],
+    *,
+    in_groups: bool = True,
 ) -> Tensor:
-    """The key (f,): half the bare prompt's, half the mean over the other contexts.
+    """The key (f,): half the bare prompt's, half the mean over the other contexts; or ROME's.
 
-    With the bare context alone, that one's. A key is the input of the down-projection at the
-    subject's last token.
+    With the bare context alone, that one's; `in_groups=False` is the mean over all contexts. A key
+    is the input of the down-projection at the subject's last token.
     """
     if contexts[0] != "{}":
         raise ValueError(f"the first context must be the bare '{{}}', not {contexts[0]!r}")
@@ -240,6 +242,8 @@ def compute_key(
         keys.append(module_input(model, down_projection, row.ids)[row.lookup])
     if len(keys) == 1:
         return keys[0]
+    if not in_groups:
+        return torch.stack(keys).mean(dim=0)
     return (keys[0] + torch.stack(keys[1:]).mean(dim=0)) / 2
 
 
