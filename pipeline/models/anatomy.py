@@ -23,9 +23,11 @@ class Family:
         attention: path inside a block to its self-attention.
         down_projection: path inside a block to its MLP's last linear map, whose input is the key.
         mlp: path inside a block to the module around the down-projection, None if there is none.
-        up_projection: path inside a block to the linear map that reads the MLP's input, the first
-            of them where there are several.
+        up_projection: path inside a block to the linear map that reads the MLP's input; the gate's
+            where there are two, or both one above the other.
         is_gated: the MLP multiplies two maps of its input.
+        gated_projection: path inside a block to the map that the gate is multiplied by, None if
+            there is none or it is in one with the gate.
         masks_by_layer_type: the base takes a dict of 4D masks, one a layer type, not one mask.
         encoder: path to the stack that reads the prompt; None in a decoder-only model. The paths
             above are then the decoder's.
@@ -39,12 +41,22 @@ class Family:
     mlp: str | None
     up_projection: str
     is_gated: bool = False
+    gated_projection: str | None = None
     masks_by_layer_type: bool = False
     encoder: str | None = None
     cross_attention: str | None = None
 
 
-_LLAMA = Family("model", "model.layers", "self_attn", "mlp.down_proj", "mlp", "mlp.gate_proj", True)
+_LLAMA = Family(
+    "model",
+    "model.layers",
+    "self_attn",
+    "mlp.down_proj",
+    "mlp",
+    "mlp.gate_proj",
+    is_gated=True,
+    gated_projection="mlp.up_proj",
+)
 _QWEN = replace(_LLAMA, masks_by_layer_type=True)
 
 FAMILIES: dict[str, Family] = {
@@ -61,7 +73,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family("model", "model.decoder.layers", "self_attn", "fc2", None, "fc1"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "phi3": replace(_LLAMA, up_projection="mlp.gate_up_proj"),
+    "phi3": replace(_LLAMA, up_projection="mlp.gate_up_proj", gated_projection=None),
     "qwen2": _QWEN,
     "qwen3": _QWEN,
     "gemma2": _QWEN,
@@ -80,7 +92,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 _GATED = {
-    "t5": replace(FAMILIES["t5"], up_projection="layer.2.DenseReluDense.wi_0", is_gated=True),
+    "t5": replace(
+        FAMILIES["t5"],
+        up_projection="layer.2.DenseReluDense.wi_0",
+        is_gated=True,
+        gated_projection="layer.2.DenseReluDense.wi_1",
+    ),
 }
 """Of model types that have both, the form whose configuration says `is_gated_act`."""
 

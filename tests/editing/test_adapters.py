@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from tests.cases import Case, draw, fresh, relative_error, token_rows
 from tests.oracles.neurons import bank_output
 
 FAMILY_NAMES = ["gpt2", "gptj", "gpt_neox", "opt", "llama", "qwen2", "gemma2", "phi3"]
-PLAIN = ["gpt2", "gptj", "gpt_neox", "opt"]
 LAST = families.NUM_LAYERS - 1
 
 
@@ -37,6 +37,14 @@ def _bank(
         model.activation,
         0.3 * draw(count, width, seed=seed + 3) if gated else None,
     )
+
+
+def _own_bank(model: EditableModel, seed: int) -> NeuronBank:
+    """Neurons of the form that the model's own have."""
+    if not model.family.is_gated:
+        return _bank(model, seed=seed)
+    bank = _bank(model, gated=True, seed=seed)
+    return replace(bank, parts={**bank.parts, "biases": torch.zeros(bank.num_neurons)})
 
 
 def _logits(model: nn.Module, rows: int = 3) -> Tensor:
@@ -241,12 +249,15 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         load_adapter(case.model, tmp_path)
 
 
-@pytest.mark.parametrize("layer", [1, LAST])
-@pytest.mark.parametrize("family", PLAIN)
-def test_merged_neurons_do_what_the_adapter_did(tmp_path: Path, family: str, layer: int) -> None:
+@pytest.mark.parametrize("layers", [(1,), (LAST,), (1, LAST)])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_merged_neurons_do_what_the_adapter_did(
+    tmp_path: Path, family: str, layers: tuple[int, ...]
+) -> None:
     case = fresh(family, torch.float64)
-    weights = EditedWeights(case.editable, (layer,))
-    weights.apply(layer, _bank(case.editable))
+    weights = EditedWeights(case.editable, layers)
+    for layer in layers:
+        weights.apply(layer, _own_bank(case.editable, seed=layer))
     edited = _logits(case.model)
     weights.merge()
     assert weights.adapters == []
@@ -255,7 +266,7 @@ def test_merged_neurons_do_what_the_adapter_did(tmp_path: Path, family: str, lay
     assert not (tmp_path / "adapter.json").exists()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert relative_error(_logits(plain), edited) < 1e-12
-    assert EditableModel(plain).key_size(0) == families.INNER_SIZE + 3
+    assert EditableModel(plain).key_size(0) == families.INNER_SIZE + 3 * len(layers)
 
 
 def test_what_cannot_be_merged_is_refused() -> None:
@@ -265,8 +276,14 @@ def test_what_cannot_be_merged_is_refused() -> None:
         weights.merge()
     weights.apply(LAST, _bank(case.editable))
     edited = _logits(case.model)
-    with pytest.raises(InputError, match="cannot be merged into a gated"):
+    with pytest.raises(InputError, match=r"are plain, .* model type 'llama' gated: they cannot"):
         weights.merge()
+    weights.revert()
+    weights.apply(LAST, _bank(case.editable, gated=True))
+    with pytest.raises(InputError, match="networks have no biases, the neurons do"):
+        weights.merge()
+    weights.revert()
+    weights.apply(LAST, _bank(case.editable))
     assert torch.equal(_logits(case.model), edited)
     other = fresh("gpt2")
     weights = EditedWeights(other.editable, (LAST,))

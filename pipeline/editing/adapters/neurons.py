@@ -2,13 +2,13 @@
 
 FFN'(q) = FFN(q) + sum_p a_p v_p with a_p = act(q.k_p + b_p), and with a gate
 a_p = act(q.g_p) (q.k_p + b_p) (T-Patcher, arXiv 2301.09785; CaliNET, arXiv 2210.03329). q is the
-network's input, behind the norm that stands before it. That is a network with M neurons more: where
-there is a plain one with two matrices and biases, they can be merged into it.
+network's input, behind the norm that stands before it. That is a network with M neurons more: into
+one of their own form, with the biases that they need, they can be merged.
 
 Shapes: M neurons, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -111,37 +111,43 @@ class NeuronBank(Adapter):
 
     @torch.no_grad()
     def merge(self, model: EditableModel, layer: int) -> None:
-        """Concatenate the neurons to the block's two matrices.
+        """Concatenate the neurons to the block's two or three matrices.
 
         A configuration names one inner size for all blocks, so the other blocks get as many neurons
         that put out zero.
 
         Raises:
-            InputError: the network is gated, has no biases, or another activation.
+            InputError: the network is of another form or activation, or has no biases where the
+                neurons have.
         """
-        if "gates" in self.parts or model.family.is_gated:
-            raise InputError(
-                f"model type {model.config.model_type!r}: neurons of their own bias cannot be"
-                " merged into a gated feed-forward network; export them as an adapter"
-            )
-        if self.settings["activation"] != model.activation:
-            raise InputError(
-                f"the neurons' activation is {self.settings['activation']!r}, the model's"
-                f" {model.activation!r}: they cannot be merged; export them as an adapter"
-            )
-        ups = [model.up_projection(block) for block in range(model.num_blocks)]
-        if any(up.bias is None for up in ups):
-            raise InputError(
-                "the feed-forward networks have no biases, the neurons do: they cannot be merged;"
-                " export them as an adapter"
-            )
+        if problem := self._obstacle(model):
+            raise InputError(f"{problem}: they cannot be merged; export them as an adapter")
         zeros = {name: torch.zeros_like(part) for name, part in self.parts.items()}
-        for block, up in enumerate(ups):
+        for block in range(model.num_blocks):
             parts = self.parts if block == layer else zeros
-            _grow(up, "weight", parts["keys"], rows=True)
-            _grow(up, "bias", parts["biases"], rows=True)
+            _grow_inputs(model, block, parts)
             _grow(model.down_projection(block), "weight", parts["values"].T, rows=False)
         _set_inner_size(model, model.key_size(layer))
+
+    def _obstacle(self, model: EditableModel) -> str | None:
+        """Why the neurons are none of the model's own, or None."""
+        if model.has_encoder:
+            return "encoder and decoder have networks of one size, and the neurons the decoder's"
+        forms = {True: "gated", False: "plain"}
+        own, has = forms["gates" in self.parts], forms[model.family.is_gated]
+        if own != has:
+            return (
+                f"the neurons are {own}, the feed-forward networks of model type"
+                f" {model.config.model_type!r} {has}"
+            )
+        if self.settings["activation"] != model.activation:
+            return (
+                f"the neurons' activation is {self.settings['activation']!r}, the model's"
+                f" {model.activation!r}"
+            )
+        if self.parts["biases"].any() and _multiplied(model, 0).bias is None:
+            return "the feed-forward networks have no biases, the neurons do"
+        return None
 
 
 def add_to_ffn(
@@ -201,18 +207,50 @@ def bank_output(
     return added
 
 
-def _grow(module: nn.Module, name: str, more: Tensor, *, rows: bool) -> None:
-    """Append to a linear module's parameter, (out, in) or (out,); a Conv1D stores it transposed."""
+def _multiplied(model: EditableModel, block: int) -> Any:
+    """The map that keys stand in: the gate's partner, or the only one."""
+    path = model.family.gated_projection or model.family.up_projection
+    return model.blocks[block].get_submodule(path)
+
+
+def _grow_inputs(model: EditableModel, block: int, parts: Mapping[str, Tensor]) -> None:
+    """Append neurons to the maps that read a feed-forward network's input."""
+    first, keyed = model.up_projection(block), _multiplied(model, block)
+    rows = {"weight": parts["keys"], "bias": parts["biases"]}
+    if "gates" not in parts:
+        _grow_rows(keyed, rows)
+        return
+    gates = {"weight": parts["gates"], "bias": torch.zeros_like(parts["biases"])}
+    if first is keyed:
+        # The gate's rows are the upper half, so that each half has its own end.
+        _grow_rows(first, rows)
+        _grow_rows(first, gates, at=(first.out_features - len(parts["biases"])) // 2)
+    else:
+        _grow_rows(keyed, rows)
+        _grow_rows(first, gates)
+
+
+def _grow_rows(module: Any, more: Mapping[str, Tensor], at: int | None = None) -> None:
+    """Insert output rows before one of them, null behind the last, into weight and bias."""
+    for name, part in more.items():
+        if getattr(module, name) is not None:
+            _grow(module, name, part, rows=True, at=at)
+
+
+def _grow(module: nn.Module, name: str, more: Tensor, *, rows: bool, at: int | None = None) -> None:
+    """Insert into a linear module's weight, (out, in), which Conv1D turns, or into its bias."""
     parameter: Tensor = getattr(module, name)
     turned = parameter.dim() == 2 and is_transposed(module)
     oriented = parameter.data.T if turned else parameter.data
-    grown = torch.cat([oriented, more.to(oriented)], dim=0 if rows else 1)
+    dim = 0 if rows else 1
+    place = oriented.shape[dim] if at is None else at
+    before, after = oriented.split([place, oriented.shape[dim] - place], dim=dim)
+    grown = torch.cat([before, more.to(oriented), after], dim=dim)
     grown = grown.T.contiguous() if turned else grown
     setattr(module, name, nn.Parameter(grown, requires_grad=False))
-    out, inputs = grown.shape if grown.dim() == 2 else (len(grown), 0)
     if grown.dim() == 2:
         sizes = ("nx", "nf") if turned else ("out_features", "in_features")
-        for size, value in zip(sizes, (out, inputs), strict=True):
+        for size, value in zip(sizes, grown.shape, strict=True):
             setattr(module, size, value)
 
 
