@@ -19,6 +19,7 @@ from pipeline.editing.update import EditedWeights
 from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import fingerprint, save_model
+from pipeline.models.modes import keeping_modes
 from pipeline.results.damage import first_problem
 from pipeline.results.pieces import DescribedAdapter, describe, named_tensors, undescribe
 
@@ -75,7 +76,8 @@ def _save(model: PreTrainedModel, adapters: Sequence[tuple[int, Adapter]], direc
 def load_adapter(model: PreTrainedModel, directory: str | Path) -> LoadedAdapter:
     """Put the adapters that `editfleet export` wrote beside a plain transformers model.
 
-    The model's weights stay as they are, to the bit; it may be in another dtype.
+    The model's weights stay as they are, to the bit, and so do its modes (training, requires_grad);
+    it may be in another dtype.
 
     Args:
         model: the model that lies in the same directory, or the one that the run edited.
@@ -93,7 +95,8 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> LoadedAdapter
             f"{place}: its adapter was made for the model with fingerprint {expected[:12]}, this"
             f" one has {found[:12]}"
         )
-    editable = editable_model(model)
+    with keeping_modes(model):
+        editable = editable_model(model)
     for layer, adapter in adapters:
         if layer >= editable.num_blocks:
             raise FingerprintMismatchError(

@@ -12,6 +12,7 @@ from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.models.editable import EditableModel
 from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import fingerprint
+from pipeline.models.modes import keeping_modes
 from pipeline.results import Run, read
 from pipeline.results.updates import read_update
 from pipeline.spec import JobSpec, parse_spec
@@ -36,7 +37,7 @@ def apply_updates(
 
     The model may be in another dtype than the run computed in; each edited weight is W0 plus the
     sum of its updates, formed in float32 and rounded once. An adapter is put beside its block by
-    hooks, and the weights stay as they are.
+    hooks, and the weights stay as they are. Its modes are left alone (training, requires_grad).
 
     Args:
         model: the unedited model that the run edited.
@@ -58,7 +59,8 @@ def apply_updates(
             " load that with pipeline.load_serac"
         )
     require_fingerprint(model, opened)
-    editable = editable_model(model)
+    with keeping_modes(model):
+        editable = editable_model(model)
     updates = [
         read_update(path)[:2]
         for number in rounds_of(opened, round)

@@ -51,6 +51,18 @@ def test_revert_restores_the_exact_bits(tiny: TinyJobs, family: str, dtype: torc
     assert not _differing(edited, _state(model))
 
 
+def test_a_model_that_is_trained_can_be_trained_on(tiny: TinyJobs) -> None:
+    model = _load(tiny, "gpt2").train()
+    model.lm_head.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    learning = [parameter.requires_grad for parameter in model.parameters()]
+    assert True in learning and False in learning
+    applied = apply_updates(model, tiny.finished().path)
+    applied.revert()
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == learning
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_weight_is_the_sum_rounded_once(tiny: TinyJobs, family: str, dtype: torch.dtype) -> None:
