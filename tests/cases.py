@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -115,6 +117,21 @@ def oracle_values(family: str, layer: int) -> list[tuple[Tensor, Value]]:
     tiny = case(family)
     parts = tiny.model, tiny.tokenizer, tiny.blocks, layer
     return [compute_value(*parts, edit, CONTEXTS, **SETTINGS) for edit in THREE]
+
+
+def confident() -> Case:
+    """GPT-2 of two blocks, whose last network alone can make any token likely.
+
+    Behind the last norm a state has length sqrt(32): with the other models' embeddings, of length
+    one, no token's probability comes near one.
+    """
+    config = GPT2Config(**families.GPT, n_layer=2, initializer_range=0.2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = GPT2LMHeadModel(config).double().eval()
+    model.transformer.wte.weight.data *= 5
+    blocks, downs = families.modules(model, "gpt2")
+    return Case("gpt2", model, EditableModel(model), tokenizer(False), blocks, downs)
 
 
 def token_rows(count: int = 40, seed: int = 0, below: int = 400) -> list[list[int]]:

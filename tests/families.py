@@ -60,9 +60,8 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-_GPT: dict[str, Any] = _COMMON | {
+GPT: dict[str, Any] = _COMMON | {
     "n_embd": HIDDEN_SIZE,
-    "n_layer": NUM_LAYERS,
     "n_head": 4,
     "n_inner": INNER_SIZE,
     "n_positions": 128,
@@ -94,8 +93,8 @@ _NEOX: dict[str, Any] = _MODERN | {
 }
 
 _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "gpt2": lambda: GPT2Config(**_GPT),
-    "gptj": lambda: GPTJConfig(**_GPT, rotary_dim=4),
+    "gpt2": lambda: GPT2Config(**GPT, n_layer=NUM_LAYERS),
+    "gptj": lambda: GPTJConfig(**GPT, n_layer=NUM_LAYERS, rotary_dim=4),
     "gpt_neox": lambda: GPTNeoXConfig(**_NEOX, use_parallel_residual=True),
     "gpt_neox_sequential": lambda: GPTNeoXConfig(**_NEOX, use_parallel_residual=False),
     "opt": lambda: OPTConfig(

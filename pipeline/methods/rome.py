@@ -79,6 +79,14 @@ class RankOne:
         Raises:
             ValueError: no edit was added, or its numbers are not finite, or u^T k_c is 0.
         """
+        return Update.of(*self.factors(), self.factor.ridge)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(D, 1) and (1, F) float64, whose product the update is.
+
+        Raises:
+            ValueError: as of `solve`.
+        """
         if self.edit is None:
             raise ValueError("no edit reached this layer")
         key, constrained, residual = self.edit
@@ -87,4 +95,4 @@ class RankOne:
         inner = direction @ constrained
         if inner == 0.0:
             raise ValueError("the keys of the prompt and of its contexts are at right angles")
-        return Update.of(residual[:, None] / inner, direction[None], self.factor.ridge)
+        return residual[:, None] / inner, direction[None]

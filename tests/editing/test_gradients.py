@@ -45,6 +45,30 @@ def test_any_layers_read_and_batches(layers: tuple[int, ...], read: Read, max_to
     _assert_as_plain(case("gptj"), layers, read, max_tokens)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_loss_is_that_of_a_batch_padded_on_the_left(family: str) -> None:
+    """The core pads on the right, with positions of its own; an edited model in plain transformers
+    has the same losses of prompts of unequal length with the padding before them."""
+    tiny = fresh(family)
+    EditedWeights(tiny.editable, (1,)).apply(1, 0.1 * draw(32, 64))
+    prompts = tiny.prompts(EDITS, ["{}"])
+    found = TargetGradients(tiny.editable, prompts, (1,), "target_tokens", 512).factors("all")
+    texts = [[*prompt.rewrites[0].ids, *prompt.target] for prompt in prompts]
+    width = max(map(len, texts))
+    assert min(map(len, texts)) < width - 3
+    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+    with torch.no_grad():
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = tiny.model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+    likely = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    losses = [
+        float(-row[-len(prompt.target) :].mean())
+        for row, prompt in zip(likely, prompts, strict=True)
+    ]
+    assert found.losses.tolist() == pytest.approx(losses, abs=1e-5)
+
+
 def test_a_target_of_one_token_is_read_alike_and_of_two_not() -> None:
     tiny = case("gpt2")
     prompts = tiny.prompts([*EDITS, EDITS[0]._replace(target_new="in")], CONTEXTS)

@@ -227,11 +227,13 @@ def test_kes_gates_are_of_rank_one_and_its_rows_of_sum_one() -> None:
     network = _ke()
     read = network.read(_condition())
     for layer in SIZES:
-        first, second, scale = network.gates_of(read, layer)
-        for gate in (first, second):
+        *both, scale = network.gates_of(read, layer)
+        vectors = network.gates[str(layer)](read).split([5, 3, 5, 3, 1])
+        for gate, vector, rows in zip(both, vectors[::2], vectors[1::2], strict=False):
             assert torch.linalg.matrix_rank(gate, atol=1e-12) == 1
-        vector = network.gates[str(layer)](read).split([5, 3, 5, 3, 1])[0]
-        assert torch.allclose(first.sum(dim=0), vector) and 0 < float(scale.detach()) < 0.5
+            assert torch.allclose(gate.sum(dim=0), vector, rtol=1e-12)
+            assert torch.allclose(gate, torch.outer(rows.softmax(0), vector), rtol=1e-12)
+        assert 0 < float(scale.detach()) < 0.5
 
 
 def test_kes_update_is_the_gated_gradient() -> None:

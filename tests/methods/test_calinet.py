@@ -7,15 +7,31 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from pipeline.editing.adapter_rows import AdapterRows
 from pipeline.editing.adapters import NeuronBank
 from pipeline.editing.calibration import first_banks
+from pipeline.editing.patches import PatchSettings
+from pipeline.editing.patching import _beside, _Patches
 from pipeline.editing.update import EditedWeights
 from pipeline.methods import build_gradient_method
 from pipeline.methods.calinet import CaliNet
+from pipeline.methods.gradient import Making
+from pipeline.prompts import EditPrompts
 from pipeline.spec import MethodSpec
 from tests import families
-from tests.cases import CONTEXTS, EDITS, Case, case, draw, fresh, relative_error, token_rows
+from tests.cases import (
+    CONTEXTS,
+    EDITS,
+    Case,
+    case,
+    confident,
+    draw,
+    fresh,
+    relative_error,
+    token_rows,
+)
 from tests.oracles import calinet as oracle
+from tests.oracles.memit import Edit
 
 FAMILY_NAMES = ["gpt2", "gptj", "llama", "qwen2", "gemma2", "gpt_neox"]
 LAST = families.NUM_LAYERS - 1
@@ -40,6 +56,23 @@ def _banks(layers: tuple[int, ...], gated: bool) -> dict[int, dict[str, Tensor]]
         layer: {name: 0.3 * draw(3, 32, seed=10 * layer + i) for i, name in enumerate(names)}
         for layer in layers
     }
+
+
+def _trained(tiny: Case, method: CaliNet, edits: list[EditPrompts]) -> tuple[list[float], Making]:
+    """Every epoch's loss, each of one step."""
+    (layer,) = method.layers
+    making = method.begin({layer: torch.zeros(32, 64)}, {}, None)
+    laid_out = method.gradients(tiny.editable, edits, 2048, keeps=True)
+    weights = EditedWeights(tiny.editable, method.layers)
+    changes, losses = None, []
+    for _ in range(method.epochs):
+        making.add(method.factors(laid_out, weights, changes))
+        step = making.step()
+        changes = step.changes or changes
+        losses.append(step.loss)
+        if method.is_done([step]):
+            break
+    return losses, making
 
 
 @pytest.mark.parametrize(
@@ -110,6 +143,47 @@ def test_slots_change_nothing_before_the_first_step(family: str, gated: bool) ->
     assert torch.equal(_logits(tiny), clean)
 
 
+@pytest.mark.parametrize("layer", [1, LAST])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
+def test_slots_are_patches_without_biases(family: str, layer: int) -> None:
+    """The same numbers in training as slots, in training as patches, and beside the model."""
+    tiny = fresh(family)
+    bank = {name: part.float().double() for name, part in _banks((layer,), False)[layer].items()}
+    keys, values, biases = bank["keys"], bank["values"], torch.zeros(3).double()
+    edits = tiny.prompts(EDITS[:1], CONTEXTS)
+    slots = _method((layer,)).gradients(tiny.editable, edits, 1024, keeps=True)
+    as_slots = slots.gradients({layer: bank}).losses
+
+    def rows() -> AdapterRows:
+        return AdapterRows.of(tiny.editable, layer, edits, 1024)
+
+    given = (0, torch.ones(3, 32), PatchSettings(), keys, biases, torch.ones(3, 32), values)
+    patched = rows()
+    as_patches = patched.losses(_beside(patched, [_Patches(*given)])).smoothed
+    clean = rows().losses(lambda _: {}).smoothed
+    bank_beside = NeuronBank.of(keys, biases, values, tiny.editable.activation)
+    EditedWeights(tiny.editable, (layer,)).apply(layer, bank_beside)
+    beside = rows().losses(lambda _: {}).smoothed
+    assert torch.equal(as_slots, as_patches) and torch.equal(as_slots, beside)
+    assert not torch.equal(as_slots, clean)
+
+
+def _twenty() -> list[Edit]:
+    prompts = ("The mother tongue of {} is", "{} plays the", '"{}" is in', "{} was born in")
+    targets = ("English", "violin", "London", "Ostrania", "Paris", "German")
+    subjects = ("Anselm", "Torvald Mills", "Zdeněk Kováč", "Oduya", "Port Velmora")
+    pairs = [(prompt, subject) for prompt in prompts for subject in subjects]
+    return [Edit(*pair, targets[i % len(targets)]) for i, pair in enumerate(pairs)]
+
+
+def test_twenty_facts_are_learnt_until_next_to_nothing_is_lost() -> None:
+    tiny = confident()
+    edits = tiny.prompts(_twenty(), ["{}"])
+    method = _method((1,), slots=64, learning_rate=0.02, epochs=300, stop_loss=0.01)
+    losses = _trained(tiny, method, edits)[0]
+    assert losses[0] > 5 and losses[-1] < 0.05 and len(losses) < 300
+
+
 @pytest.mark.parametrize("settings", [{}, {"gated": True, "kl_weight": 0.1}])
 def test_training_learns_facts_and_leaves_the_base_as_it_is(settings: dict[str, Any]) -> None:
     tiny = fresh("gpt2", torch.float32)
@@ -117,21 +191,12 @@ def test_training_learns_facts_and_leaves_the_base_as_it_is(settings: dict[str, 
     clean = _logits(tiny)
     method = _method(slots=24, learning_rate=0.1, epochs=150, **settings)
     edits = tiny.prompts(EDITS[:4], ["{}", "It is old. {}"])
-    weights = EditedWeights(tiny.editable, (LAST,))
-    making = method.begin({LAST: torch.zeros(32, 64)}, {}, None)
-    laid_out = method.gradients(tiny.editable, edits, 2048, keeps=True)
-    changes, losses = None, []
-    for _ in range(method.epochs):
-        making.add(method.factors(laid_out, weights, changes))
-        step = making.step()
-        changes = step.changes or changes
-        losses.append(step.loss)
-        if method.is_done([step]):
-            break
+    losses, making = _trained(tiny, method, edits)
     # Random embeddings of length 1 behind a norm bound a token's probability well below 1.
     assert losses[-1] < 0.3 * losses[0]
     (bank,) = making.finish()[0].values()
     assert isinstance(bank, NeuronBank)
+    weights = EditedWeights(tiny.editable, (LAST,))
     weights.apply(LAST, bank)
     assert not torch.equal(_logits(tiny), clean)
     after = tiny.model.state_dict()

@@ -6,11 +6,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.editing.update import EditedWeights
+from pipeline.editing.gradients import Factors
+from pipeline.editing.update import EditedWeights, Update
 from pipeline.methods import build_gradient_method
 from pipeline.methods.gradient import State
 from pipeline.spec import MethodSpec
-from tests.cases import EDITS, Case, case, fresh, relative_error
+from tests.cases import EDITS, Case, case, confident, draw, fresh, relative_error
 from tests.oracles import gradients as oracle
 
 LAYERS = (1, 3)
@@ -33,9 +34,10 @@ def _updates(
     tiny: Case, spec: MethodSpec, edits: list[oracle.Edit], state: State | None = None
 ) -> tuple[list[torch.Tensor], State, int]:
     """Make updates with the method's own parts, pieces of two edits."""
-    method, weights = build_gradient_method(spec), EditedWeights(tiny.editable, LAYERS)
+    method = build_gradient_method(spec)
+    weights = EditedWeights(tiny.editable, method.layers)
     prompts = tiny.prompts(edits, ["{}"])
-    masters = {layer: weights.masters(layer) for layer in LAYERS}
+    masters = {layer: weights.masters(layer) for layer in method.layers}
     now = {layer: both[0] for layer, both in masters.items()}
     first = {layer: both[1] for layer, both in masters.items()}
     making = method.begin(now, first, state)
@@ -55,7 +57,7 @@ def _updates(
         if method.is_done(steps):
             break
     updates, after = making.finish()
-    return [updates[layer].matrix() for layer in LAYERS], after, epochs
+    return [updates[layer].matrix() for layer in method.layers], after, epochs
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "qwen2", "gemma2"])
@@ -98,19 +100,27 @@ def test_the_box_is_kept_to_the_unedited_weights_or_to_the_rounds() -> None:
         assert float(moved.min()) >= (-0.01 if around == "unedited" else -0.005) - 1e-6
 
 
-def test_fine_tuning_stops_where_the_loss_is_low() -> None:
-    tiny = case("gpt2")
-    # Two layers of this random model cannot bring it below about 1.
-    given = {**TUNING, "epochs": 100, "weight_decay": 0.0, "batch_size": 5, "stop_loss": 2.0}
-    updates, _, epochs = _updates(tiny, _spec("ft", **given), EDITS)
-    assert 1 < epochs < 100
-    edited = EditedWeights(tiny.editable, LAYERS)
-    with edited.tried(dict(zip(LAYERS, updates, strict=True))):
-        losses, _ = oracle.gradients(
-            tiny.model, tiny.tokenizer, tiny.down_projections[:1], EDITS, ["{}"],
-            last_prompt_token=False,
-        )  # fmt: skip
-    assert sum(losses) / len(losses) < 2.0
+@pytest.mark.parametrize("bound", [None, 0.3])
+def test_fine_tuning_learns_its_facts_and_changes_nothing_else(bound: float | None) -> None:
+    tiny, edits = confident(), EDITS[1:3]
+    before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    given = {**TUNING, "epochs": 200, "weight_decay": 0.0, "norm_constraint": bound}
+    spec = _spec("ft", **given).model_copy(update={"layers": (1,)})
+    (update,), _, epochs = _updates(tiny, spec, edits)
+    assert 1 < epochs < 200
+    weights = EditedWeights(tiny.editable, (1,))
+    weights.apply(1, update)
+    losses = [
+        oracle.edit_loss(tiny.model, tiny.tokenizer, edit, ["{}"], last_prompt_token=False)
+        for edit in edits
+    ]
+    assert float(sum(losses)) / 2 < given["stop_loss"] == 0.01
+    after = tiny.model.state_dict()
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert changed == ["transformer.h.1.mlp.c_proj.weight"]
+    if bound is not None:
+        gone = after[changed[0]] - before[changed[0]]
+        assert float(gone.abs().max()) <= bound * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gpt_neox"])
@@ -138,6 +148,25 @@ def test_ultraedits_update_goes_down_the_loss_and_grows_with_its_rate() -> None:
     assert sum(float((mine * slope).sum()) for mine, slope in zip(once, slopes, strict=True)) < 0
     for mine, double in zip(once, twice, strict=True):
         assert relative_error(double, 2 * mine) < 1e-5
+
+
+def test_ultraedit_does_nothing_where_gradients_are_what_they_always_were() -> None:
+    """Rows whose gradients are the mean of all that were ever seen, which did vary."""
+    method = build_gradient_method(_spec("ultraedit", learning_rate=1.0, ridge=1e-3))
+    weights = {layer: draw(4, 6, seed=layer) for layer in LAYERS}
+    usual, spread = draw(4, seed=7).float(), draw(10, seed=8).square() + 0.1
+    mean = torch.cat([draw(6, seed=9), usual.double()])
+    state = {"count": torch.tensor(20), "mean": mean, "squares": 20 * spread}
+    for apart in (0.0, 1e-3):
+        making = method.begin(weights, weights, state)
+        keys = {layer: draw(5, 6, seed=layer + 1).float() for layer in LAYERS}
+        gradients = {layer: (usual + apart).expand(5, 4) for layer in LAYERS}
+        making.add(Factors(torch.ones(2).double(), keys, gradients))
+        making.step()
+        updates, _ = making.finish()
+        for update in updates.values():
+            assert isinstance(update, Update)
+            assert bool(update.matrix().any()) == (apart > 0)
 
 
 def test_wrappers_of_values_are_refused_and_those_of_updates_are_not() -> None:

@@ -130,7 +130,8 @@ def test_what_must_be_restored_or_not(family: str) -> None:
         for kind in KINDS:
             assert (found.restored[kind][: fact.begin] == found.corrupted).all()
         # With nothing left above to be cut off, the severed graph is the whole one.
-        assert (found.restored["severed_mlp"][:, -1] == state[:, -1]).all()
+        for kind in ("severed_mlp", "severed_attention"):
+            assert (found.restored[kind][:, -1] == state[:, -1]).all()
 
 
 def test_the_plain_procedure_has_the_invariants_of_tracing() -> None:
