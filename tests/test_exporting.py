@@ -16,7 +16,7 @@ from pipeline.errors import FingerprintMismatchError, InputError
 from pipeline.models.loading import fingerprint
 from pipeline.results import Run, read
 from tests import families
-from tests.tiny_jobs import TinyJobs, changed, records
+from tests.tiny_jobs import TRAININGS, TinyJobs, changed, records
 
 FAMILY_NAMES = ["gpt2", "gptj", "llama", "gemma2"]
 
@@ -38,20 +38,36 @@ def _with_model(tiny: TinyJobs, output: Path, *changes: str, **choices: Any) -> 
     )
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_the_exported_model_is_the_edited_one(tiny: TinyJobs, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        *((None, family) for family in FAMILY_NAMES),
+        *((method, "llama") for method in ("ft", "ultraedit", "rome", "kn")),
+        *((method, "gpt2") for method in TRAININGS),
+    ],
+)
+def test_the_exported_model_is_the_edited_one(
+    tiny: TinyJobs, tmp_path: Path, method: str | None, family: str
+) -> None:
     """To the bit, in plain transformers: the same logits as the model edited in memory."""
-    run = tiny.finished(family=family)
+    if method is None:
+        run = tiny.finished(family=family)
+    else:
+        content = records(1 if method in ("rome", "ke") else 3)
+        changes = ("evaluation.baseline=false", "evaluation.probes=[rewrite]")
+        run = tiny.finished(*tiny.method(method), *changes, family=family, requests=content)
     export_model(run.path, tmp_path / "edited")
     exported = _load(tmp_path / "edited")
     in_memory = _load(tiny.model(family), torch.float32)
     clean = _logits(in_memory, tiny.model(family))
-    apply_updates(in_memory, run.path)
+    applied = apply_updates(in_memory, run.path)
     logits = _logits(exported, tmp_path / "edited")
     assert exported.dtype == torch.float32
     assert torch.equal(logits, _logits(in_memory, tiny.model(family)))
     assert not torch.equal(logits, clean)
     assert fingerprint(exported) != run.manifest["model"]["fingerprint"]
+    applied.revert()
+    assert torch.equal(_logits(in_memory, tiny.model(family)), clean)
 
 
 def test_saving_with_the_run_is_exporting_later(tiny: TinyJobs, tmp_path: Path) -> None:

@@ -30,6 +30,39 @@ VALUE = {
 COVARIANCE_WEIGHT = 5.0
 CORPUS_TEXTS = 150  # more than two shards of the covariance phase
 
+TRAININGS: dict[str, tuple[str, ...]] = {
+    "mend": (
+        "method.mend={rank: 4, edit_rate: 0.01, edit_rate_learning_rate: 0.01}",
+        "train.batch_size=2",
+        "train.accumulate=2",
+    ),
+    "malmen": ("method.malmen={rank: 4, edit_rate: 0.01}", "train.batch_size=18"),
+    "ke": (
+        "method.ke={condition_size: 8, hidden_size: 8, lstm_size: 4}",
+        "train.accumulate=2",
+        "train.warm_up=2",
+    ),
+}
+"""Editors that are trained first, each with what changes a spec to a training of it."""
+TRAIN = (
+    "train.steps=6",
+    "train.learning_rate=0.01",
+    "train.validate_every=2",
+    "train.checkpoint_every=2",
+)
+METHODS: dict[str, tuple[str, ...]] = {
+    "ft": ("method.name=ft", "method.ft={epochs: 2, learning_rate: 0.01}"),
+    "ultraedit": ("method.name=ultraedit", "method.ultraedit.learning_rate=0.001"),
+    "rome": ("method.name=rome", "method.layers=[1]"),
+    "kn": ("method={name: kn, contexts: ['{}'], kn: {steps: 1, shared_by: 1}}",),
+    "t_patcher": (
+        "method={name: t_patcher, t_patcher: {steps: 8, least_steps: 4, check_every: 4,"
+        " memory_queries: 60, watched_queries: 20, memory_top: 9}}",
+    ),
+    "calinet": ("method={name: calinet, layers: [2, 3], calinet: {slots: 3, epochs: 3}}",),
+}
+"""What changes a spec to one that edits with a method, quickly."""
+
 _FIRST = [
     "Anselm",
     "Marguerite",
@@ -91,6 +124,7 @@ class TinyJobs:
             lines.append(" ".join(words))
         self.corpus.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._finished: dict[str, Run] = {}
+        self._trained: dict[str, Run] = {}
 
     def model(self, family: str = "gpt2") -> Path:
         """A directory with the family's model; those that begin texts with a token do so here."""
@@ -143,6 +177,27 @@ class TinyJobs:
     def spec(self, output: Path, *changes: str, **choices: Any) -> JobSpec:
         """A spec with changes written as `--set` takes them; choices as of `settings`."""
         return parse_spec(changed(self.settings(output, **choices), *changes), "the test")
+
+    def training(self, output: Path, name: str, *changes: str) -> JobSpec:
+        """The spec of an editor's training on twenty of 22 requests."""
+        own = (f"method.name={name}", "method.contexts=null", *TRAININGS[name], *TRAIN)
+        return self.spec(output, *own, *changes, requests=records(22))
+
+    def trained(self, name: str) -> Run:
+        """The finished training of an editor, made when first asked for; only read it."""
+        from pipeline import run_training
+
+        if name not in self._trained:
+            spec = self.training(self.root / "trained" / name, name)
+            self._trained[name] = read(run_training(spec).path)
+        return self._trained[name]
+
+    def method(self, name: str) -> tuple[str, ...]:
+        """What changes a spec to one that edits with a method, with a trained editor if it must."""
+        if name in METHODS:
+            return METHODS[name]
+        own = (f"method.name={name}", "method.contexts=null", "method.layers=null")
+        return *own, f"method.{name}.editor={self.trained(name).path / 'editor'}"
 
     def spec_file(self, path: Path, settings: dict[str, Any]) -> Path:
         """Write a spec; JSON is YAML."""

@@ -11,37 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import run_batch_edit, run_sequential, run_survey, run_training
 from pipeline.cluster.engine import Call, InProcessEngine, WorkerLostError
+from pipeline.cluster.run import RunResult
 from pipeline.errors import FingerprintMismatchError, InputError, ResultsDamagedError
 from pipeline.report.page import write_report
 from pipeline.report.status import run_status
 from pipeline.results import Run, read
 from pipeline.spec import JobSpec, load_spec, parse_spec
-from tests.tiny_jobs import TinyJobs, digests, records
-
-METHODS: dict[str, tuple[str, ...]] = {
-    "mend": (
-        "method.mend={rank: 4, edit_rate: 0.01, edit_rate_learning_rate: 0.01}",
-        "train.batch_size=2",
-        "train.accumulate=2",
-    ),
-    "malmen": ("method.malmen={rank: 4, edit_rate: 0.01}", "train.batch_size=18"),
-    "ke": (
-        "method.ke={condition_size: 8, hidden_size: 8, lstm_size: 4}",
-        "train.accumulate=2",
-        "train.warm_up=2",
-    ),
-}
-TRAIN = (
-    "train.steps=6",
-    "train.learning_rate=0.01",
-    "train.validate_every=2",
-    "train.checkpoint_every=2",
-)
-
-
-def _spec(tiny: TinyJobs, output: Path, name: str, *changes: str, **choices: Any) -> JobSpec:
-    own = (f"method.name={name}", "method.contexts=null", *METHODS[name], *TRAIN)
-    return tiny.spec(output, *own, *changes, requests=records(22), **choices)
+from tests.tiny_jobs import TRAININGS, TinyJobs, digests, stopped_after
 
 
 def _bits(run: Run) -> dict[str, Any]:
@@ -52,13 +28,12 @@ def _bits(run: Run) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: TinyJobs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def trained(tiny: TinyJobs) -> dict[str, Run]:
     """A finished training of each method; only read them."""
-    root = tmp_path_factory.mktemp("trained")
-    return {name: read(run_training(_spec(tiny, root / name, name)).path) for name in METHODS}
+    return {name: tiny.trained(name) for name in TRAININGS}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_leaves_rows_a_checkpoint_and_an_editor(
     trained: dict[str, Run], name: str
 ) -> None:
@@ -95,7 +70,7 @@ class Stopped(Exception):
     """Ends a job where a test wants it to."""
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_stopped_anywhere_a_training_ends_with_the_same_bits(
     tiny: TinyJobs,
     trained: dict[str, Run],
@@ -103,7 +78,7 @@ def test_stopped_anywhere_a_training_ends_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    submit, spec = InProcessEngine.submit, _spec(tiny, tmp_path / "run", name)
+    submit, spec = InProcessEngine.submit, tiny.training(tmp_path / "run", name)
     for calls in (1, 7):
         left = [calls]
 
@@ -131,7 +106,7 @@ def test_two_workers_give_the_bits_of_one_process(
     tiny: TinyJobs, trained: dict[str, Run], tmp_path: Path, local_ray: None, name: str
 ) -> None:
     cluster = "cluster={engine: ray, workers: 2, shard_size: 3, reducer_threads: 1}"
-    run_training(_spec(tiny, tmp_path / name, name, cluster))
+    run_training(tiny.training(tmp_path / name, name, cluster))
     assert _bits(read(tmp_path / name)) == _bits(trained[name])
 
 
@@ -147,7 +122,7 @@ def test_a_lost_reducer_goes_on_from_the_last_checkpoint(
         return reduce(self, method, *arguments)
 
     monkeypatch.setattr(InProcessEngine, "reduce", lost)
-    run_training(_spec(tiny, tmp_path / "run", "mend"))
+    run_training(tiny.training(tmp_path / "run", "mend"))
     assert left[0] < 0 and _bits(read(tmp_path / "run")) == _bits(trained["mend"])
 
 
@@ -162,7 +137,7 @@ def test_what_is_damaged_is_made_again(
     else:
         damaged = read(path).files(kind)[0]  # type: ignore[arg-type]
         damaged.write_bytes(damaged.read_bytes()[:-3])
-    run_training(_spec(tiny, path, "mend"))
+    run_training(tiny.training(path, "mend"))
     assert _bits(read(path)) == _bits(trained["mend"])
 
 
@@ -171,10 +146,10 @@ def test_a_complete_training_is_left_as_it_is_and_another_one_refused(
 ) -> None:
     path = trained["mend"].path
     before = (path / "manifest.json").read_bytes()
-    result = run_training(_spec(tiny, path, "mend"))
+    result = run_training(tiny.training(path, "mend"))
     assert result.summary == trained["mend"].summary
     with pytest.raises(InputError, match=r"train\.steps was 6 and is 7"):
-        run_training(_spec(tiny, path, "mend", "train.steps=7"))
+        run_training(tiny.training(path, "mend", "train.steps=7"))
     assert (path / "manifest.json").read_bytes() == before
 
 
@@ -182,7 +157,7 @@ def test_training_ends_once_nothing_gets_better(tiny: TinyJobs, tmp_path: Path) 
     # A rate at which nothing moves: no measurement is better than the first.
     still = ("train.learning_rate=1.0e-30", "train.patience=2", "train.steps=50")
     rate = "method.mend={rank: 4, edit_rate: 1.0e-30, edit_rate_learning_rate: 1.0e-30}"
-    result = run_training(_spec(tiny, tmp_path / "run", "mend", *still, rate))
+    result = run_training(tiny.training(tmp_path / "run", "mend", *still, rate))
     assert result.summary["training"]["steps"] == 6
     assert [phase.left for phase in run_status(result.path).phases] == [0]
 
@@ -207,16 +182,32 @@ def test_a_trained_editor_edits_batches(
     assert digests(read(again.path)) == digests(run)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_trained_editor_edits_round_after_round(
-    tiny: TinyJobs, trained: dict[str, Run], tmp_path: Path, name: str
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_trained_editor_edits_round_after_round_and_goes_on_when_stopped(
+    tiny: TinyJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    editor = trained[name].path / "editor"
-    rounds = f"rounds={{size: {1 if name == 'ke' else 2}, count: 2, evaluate: [current]}}"
-    keep = "output.on_divergence=keep"
-    result = run_sequential(_edit(tiny, tmp_path / "run", editor, name, rounds, keep))
-    assert result.counts["applied"] == (2 if name == "ke" else 4)
-    assert len(read(result.path).updates()) == 4
+    size = 1 if name == "ke" else 2
+    rounds = f"rounds={{size: {size}, count: 2, evaluate: [current]}}"
+    changes = (*tiny.method(name), rounds, "output.on_divergence=keep")
+
+    def job(directory: str) -> RunResult:
+        return run_sequential(tiny.spec(tmp_path / directory, *changes))
+
+    result = job("whole")
+    assert result.counts["applied"] == 2 * size
+    whole = read(result.path)
+    assert len(whole.updates()) == 4
+    # Before the first round's updates are applied, and amid the second round.
+    for calls in (2, 4):
+        with monkeypatch.context() as patch:
+            stopped_after(calls, patch)
+            with pytest.raises(KeyboardInterrupt):
+                job("stopped")
+    again = read(job("stopped").path)
+    assert len(again.manifest["resumed"]) == 2
+    assert digests(again) == digests(whole)
+    rows = [run.training().drop_columns(["seconds"]).to_pylist() for run in (again, whole)]
+    assert rows[0] == rows[1] != []
 
 
 def test_what_does_not_fit_an_editor_is_said_in_one_line(
@@ -284,12 +275,12 @@ def test_a_training_that_cannot_be_is_refused_before_anything_is_written(
     tiny: TinyJobs, tmp_path: Path, changes: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        run_training(_spec(tiny, tmp_path / "run", "mend", *changes))
+        run_training(tiny.training(tmp_path / "run", "mend", *changes))
     assert not (tmp_path / "run").exists()
 
 
 def test_training_lowers_the_loss_of_two_facts(tiny: TinyJobs, tmp_path: Path) -> None:
-    spec = _spec(tiny, tmp_path / "run", "mend", "train.steps=30", "train.validation=0")
+    spec = tiny.training(tmp_path / "run", "mend", "train.steps=30", "train.validation=0")
     limited = spec.model_copy(update={"requests": spec.requests.model_copy(update={"limit": 2})})
     rows = read(run_training(limited).path).training().to_pylist()
     for part in ("loss", "edit_loss"):
