@@ -25,7 +25,7 @@ from transformers import (
 from pipeline.cli import main
 from pipeline.results import read
 from tests import families
-from tests.tiny_jobs import TinyJobs, digests, records, statuses
+from tests.tiny_jobs import TinyJobs, changed, digests, records, statuses
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
@@ -404,6 +404,28 @@ def test_a_comparison_prints_a_line_a_study(cli: Cli, spec: Path, tmp_path: Path
     assert again.code == 0 and again.out == result.out
     refused = cli("sequential", spec, *given, "--set", "compare.seeds=[1, x]")
     assert refused.code == 2 and "compare.seeds.1" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "printed"),
+    [
+        ("trace", ["trace={samples: 2, known_only: false}", "requests.limit=2"], "layer"),
+        ("assess", ["assess={prompts: 2}"], "facts that the model holds"),
+        ("train", ["method={name: mend, mend: {rank: 2}}", "train={steps: 1, batch_size: 2}"],
+         "validation"),
+    ],
+)  # fmt: skip
+def test_commands_that_edit_nothing(
+    cli: Cli, tiny: TinyJobs, tmp_path: Path, command: str, changes: list[str], printed: str
+) -> None:
+    settings = tiny.settings(tmp_path / "out", requests=records(6))
+    spec = tiny.spec_file(tmp_path / "spec.yaml", changed(settings, *changes))
+    result = cli(command, spec)
+    assert result.code == 0, result
+    assert printed in result.out and f"run directory: {tmp_path / 'out'}" in result.out
+    run = read(tmp_path / "out")
+    assert run.manifest["status"] == "finished" and not run.updates()
+    assert (tmp_path / "out" / "report.html").exists() == (command != "assess")
 
 
 def test_a_run_that_is_there_is_gone_on_with(cli: Cli, spec: Path, tmp_path: Path) -> None:

@@ -56,10 +56,12 @@ METHODS: dict[str, tuple[str, ...]] = {
     "rome": ("method.name=rome", "method.layers=[1]"),
     "kn": ("method={name: kn, contexts: ['{}'], kn: {steps: 1, shared_by: 1}}",),
     "t_patcher": (
-        "method={name: t_patcher, t_patcher: {steps: 8, least_steps: 4, check_every: 4,"
-        " memory_queries: 60, watched_queries: 20, memory_top: 9}}",
+        "method={name: t_patcher, contexts: ['{}'], t_patcher: {steps: 8, least_steps: 4,"
+        " check_every: 4, memory_queries: 60, watched_queries: 20, memory_top: 9}}",
     ),
-    "calinet": ("method={name: calinet, layers: [2, 3], calinet: {slots: 3, epochs: 3}}",),
+    "calinet": (
+        "method={name: calinet, layers: [2, 3], contexts: ['{}'], calinet: {slots: 3, epochs: 3}}",
+    ),
 }
 """What changes a spec to one that edits with a method, quickly."""
 

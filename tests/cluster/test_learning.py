@@ -288,6 +288,33 @@ def test_training_lowers_the_loss_of_two_facts(tiny: TinyJobs, tmp_path: Path) -
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+def test_an_editor_is_trained_on_a_zsre_file(tiny: TinyJobs, tmp_path: Path) -> None:
+    """Asked by its rephrased questions, and by those of Natural Questions that come with them."""
+    content = [
+        {
+            "subject": name,
+            "src": f"Where did {name} study?",
+            "rephrase": f"At what place was {name} a student?",
+            "alt": "Rome",
+            "answers": ["London"],
+            "loc": "nq question: who plays the violin",
+            "loc_ans": "Zdeněk Kováč",
+        }
+        for name in ("Anselm Mills", "Oduya", "Torvald", "Marguerite Port")
+    ]
+    path = tmp_path / "zsre.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    source = f"requests={{path: {path}, format: zsre}}"
+    changes = (source, "train.steps=2", "train.validation=0.25")
+    run = read(run_training(tiny.training(tmp_path / "run", "mend", *changes)).path)
+    counts = run.summary["requests"]
+    assert (counts["trained"], counts["validation"], counts["rejected"]) == (3, 1, 0)
+    steps = run.training().filter(pc.equal(run.training()["split"], "train")).to_pylist()
+    assert [row["step"] for row in steps] == [0, 1]
+    assert all(row["edit_loss"] > 0 and row["locality_loss"] >= 0 for row in steps)
+    assert (run.path / "editor" / "editor.safetensors").stat().st_size > 0
+
+
 def test_a_training_has_a_report_and_commands(trained: dict[str, Run], tmp_path: Path) -> None:
     for name, run in trained.items():
         page = write_report([run.path], tmp_path / name)

@@ -40,18 +40,23 @@ def _bits(run: Run) -> dict[str, Any]:
     return {**digests(run), "attributions": run.attributions().to_pylist(), "neurons": neurons}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_batch_job_edits_the_neurons_that_the_plain_procedure_finds(
-    tiny: TinyJobs, tmp_path: Path
+    tiny: TinyJobs, tmp_path: Path, family: str
 ) -> None:
+    """Llama's output embeddings are not its input's; the former speak for an answer."""
     content = records(6)
-    result = run_batch_edit(_spec(tiny, tmp_path / "run", requests=content))
+    result = run_batch_edit(_spec(tiny, tmp_path / "run", requests=content, family=family))
     assert result.counts["applied"] == 6
-    directory = tiny.model("gpt2")
+    directory = tiny.model(family)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
-    _, downs = families.modules(model, "gpt2")
-    weights = [down.get_parameter("weight").detach().T for down in downs]
+    _, downs = families.modules(model, family)
+    is_turned = family == "gpt2"
+    weights = [down.get_parameter("weight").detach() for down in downs]
+    weights = [weight.T for weight in weights] if is_turned else weights
     embeddings = model.get_output_embeddings().weight.detach()
+    assert model.config.tie_word_embeddings == is_turned
     expected = [torch.zeros_like(weight) for weight in weights]
     found: dict[str, list[tuple[int, int]]] = {}
     for record in content:
@@ -82,18 +87,14 @@ def test_a_batch_job_edits_the_neurons_that_the_plain_procedure_finds(
         assert torch.allclose(update.double(), plain, atol=1e-5)
     edited = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     before = {name: weight.clone() for name, weight in edited.state_dict().items()}
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     applied = apply_updates(edited, result.path)
-    changed = {
-        (block, neuron)
-        for block in range(len(downs))
-        for neuron in families.modules(edited, "gpt2")[1][block]
-        .get_parameter("weight")
-        .ne(before[f"transformer.h.{block}.mlp.c_proj.weight"])
-        .any(dim=1)
-        .nonzero()
-        .flatten()
-        .tolist()
-    }
+    both = [families.modules(one, family)[1] for one in (edited, plain)]
+    changed: set[tuple[int, int]] = set()
+    for block, (new, old) in enumerate(zip(*both, strict=True)):
+        differs = new.get_parameter("weight").ne(old.get_parameter("weight"))
+        neurons = differs.any(dim=1 if is_turned else 0).nonzero().flatten()
+        changed |= {(block, neuron) for neuron in neurons.tolist()}
     assert changed == {pair for pairs in found.values() for pair in pairs}
     applied.revert()
     assert all(torch.equal(weight, before[name]) for name, weight in edited.state_dict().items())

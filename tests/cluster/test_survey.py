@@ -1,7 +1,10 @@
 """Surveys: cells as ordinary studies, one table, and what cannot be done said in it."""
 
+import gc
 import json
 from collections import Counter
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from pipeline import run_sequential, run_survey
 from pipeline.cli import main
@@ -33,6 +37,7 @@ SIZES = (
     "survey.sequence={sizes: [2, 4, 20], rounds_of: 2, at_once: 2}",
 )
 NINE = records(9)
+ADDERS = ("kn", "t_patcher", "calinet")
 COLUMNS = ("editor", "setting", "edits", "status", "measure", "value")
 
 
@@ -52,6 +57,16 @@ def _rows(table: pa.Table, **chosen: Any) -> list[dict[str, Any]]:
 def _value(table: pa.Table, **chosen: Any) -> float:
     (row,) = _rows(table, **chosen)
     return float(row["value"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_of_these_tests_alone() -> Iterator[None]:
+    """Surveys collect garbage around every cell, which takes long among a whole session's objects:
+    let it be looked for among new ones."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +212,38 @@ def test_on_ray_the_shares_are_the_same(
     assert both[0] == both[1]
     seconds = _rows(result.table, editor="memit", setting="single", measure="seconds")
     assert seconds[0]["value"] > 0
+
+
+def test_editors_of_other_kinds_on_several_models_and_data_sets(
+    tiny: TinyJobs, tmp_path: Path
+) -> None:
+    """One that looks for neurons, and two that put some beside the network."""
+    editors = [yaml.safe_load(tiny.method(name)[0].partition("=")[2]) for name in ADDERS]
+    models = [{"model": {"path": str(tiny.model(family))}} for family in ("gpt2", "llama")]
+    others = str(tiny.requests(records(14)[9:]))
+    datasets = [{}, {"label": "others", "requests": {"path": others}}]
+    settings = tiny.settings(tmp_path / "survey", requests=NINE)
+    settings |= {"method": {}, "evaluation": {"probes": ["rewrite"]}}
+    settings["survey"] = {
+        "editors": editors,
+        "models": models,
+        "datasets": datasets,
+        "single": None,
+        "batch": {"sizes": [2]},
+        "sequence": None,
+    }
+    result = run_survey(parse_spec(settings, "the survey"))
+    assert not result.failed
+    rows = _rows(result.table, measure="reliability", status="done")
+    found = [(row["model"], row["dataset"], row["editor"], row["count"]) for row in rows]
+    names = ("gpt2", "llama"), (rows[0]["dataset"], "others"), ADDERS, (2,)
+    assert found == list(product(*names)) and rows[0]["dataset"] != "others"
+    for of_model, of_data, editor, _ in found:
+        where = f"{of_model}/{of_data}/{editor}/batch-2"
+        run = read(_spec_of(result, where))
+        table = run.neurons() if editor == "kn" else run.training()
+        table = run.patches() if editor == "t_patcher" else table
+        assert table.num_rows > 0 and run.edits().num_rows == 2
 
 
 # --- going on -----------------------------------------------------------------------------------

@@ -63,6 +63,16 @@ def test_an_interrupted_trace_goes_on_to_the_same_bits(
         run_trace(tiny.spec(path, *TRACE, "trace.samples=3", requests=records(5)))
 
 
+def test_two_workers_give_the_bits_of_one_process(
+    traced: Run, tiny: TinyJobs, tmp_path: Path, local_ray: None
+) -> None:
+    cluster = "cluster={engine: ray, workers: 2, shard_size: 3, reducer_threads: 1}"
+    run = read(run_trace(tiny.spec(tmp_path / "ray", *TRACE, cluster, requests=records(5))).path)
+    assert run.trace().num_rows > 0 and run.trace().equals(traced.trace())
+    assert [path.name for path in run.files("trace")] == [p.name for p in traced.files("trace")]
+    assert run.summary["trace"] == traced.summary["trace"]
+
+
 def test_facts_that_the_model_does_not_know_are_skipped(tiny: TinyJobs, tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path / "run", "trace.samples=2", requests=records(3))
     result = run_trace(spec)

@@ -225,6 +225,16 @@ def test_no_memory_and_nothing_positive_cost_nothing() -> None:
     nothing.sum().backward()
 
 
+def test_a_memory_is_not_copied_where_it_is_used() -> None:
+    """Tens of thousands of queries, of which every round's edits would have a copy."""
+    memory = QueryMemory((draw(6, 8).float(), draw(2, 8, seed=1).float()), (draw(3, 8).float(),))
+    near = memory.on(torch.device("cpu"), torch.float32)
+    for mine, theirs in ((near.trained, memory.trained), (near.watched, memory.watched)):
+        assert [part.data_ptr() for part in mine] == [part.data_ptr() for part in theirs]
+    wide = memory.on(torch.device("cpu"), torch.float64).trained[0]
+    assert torch.equal(wide, memory.trained[0].double())
+
+
 # --- queries ------------------------------------------------------------------------------------
 
 

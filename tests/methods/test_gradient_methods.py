@@ -123,10 +123,15 @@ def test_fine_tuning_learns_its_facts_and_changes_nothing_else(bound: float | No
         assert float(gone.abs().max()) <= bound * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gpt_neox"])
-def test_ultraedit_over_two_rounds_is_the_plain_procedure(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "variance"),
+    [*((family, "biased") for family in ("gpt2", "gptj", "llama", "gpt_neox")),
+     ("llama", "unbiased")],
+)  # fmt: skip
+def test_ultraedit_over_two_rounds_is_the_plain_procedure(family: str, variance: str) -> None:
     tiny = fresh(family)
-    spec, plain = _spec("ultraedit", learning_rate=1e-3), oracle.UltraEdit(1e-3)
+    spec = _spec("ultraedit", learning_rate=1e-3, variance=variance)
+    plain = oracle.UltraEdit(1e-3, correction=int(variance == "unbiased"))
     downs = [tiny.down_projections[layer] for layer in LAYERS]
     weights, state = EditedWeights(tiny.editable, LAYERS), None
     for edits in (EDITS[:3], EDITS[3:]):

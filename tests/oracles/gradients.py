@@ -132,10 +132,14 @@ def fine_tune(
 
 
 class UltraEdit:
-    """UltraEdit over rounds: all rows that were ever seen are kept, and moments taken of them."""
+    """UltraEdit over rounds: all rows that were ever seen are kept, and moments taken of them.
 
-    def __init__(self, learning_rate: float) -> None:
-        self.learning_rate = learning_rate
+    With `correction` 1 a round's rows vary within it by its unbiased variance times their number,
+    as in the published code, and not by the sum of squares.
+    """
+
+    def __init__(self, learning_rate: float, correction: int = 0) -> None:
+        self.learning_rate, self.correction = learning_rate, correction
         self.seen: list[Tensor] = []
 
     def updates(
@@ -160,10 +164,16 @@ class UltraEdit:
             torch.stack([torch.cat([k, g]) for k, g in zip(ks, gs, strict=True)])
             for ks, gs in zip(keys, slopes, strict=True)
         ]
-        self.seen += rows
+        self.seen.append(torch.cat(rows))
         everything = torch.cat(self.seen)
+        mean = everything.mean(0)
+        squares = [
+            len(of_round) * (of_round.var(0, correction=self.correction)
+                             + (of_round.mean(0) - mean) ** 2)
+            for of_round in self.seen
+        ]  # fmt: skip
         # As in the published code, a float32 epsilon keeps small deviations apart from none.
-        mean, deviation = everything.mean(0), everything.std(0, correction=0)
+        deviation = (torch.stack(squares).sum(0) / len(everything)).sqrt()
         epsilon = torch.finfo(torch.float32).eps
         found = []
         for of_layer, raw in zip(rows, keys, strict=True):

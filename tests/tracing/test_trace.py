@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.tracing.facts import Fact, tokenize_facts
+from pipeline.tracing.facts import Fact, subject_ids, tokenize_facts
 from pipeline.tracing.names import KINDS, Kind
-from pipeline.tracing.recording import draw_noise
+from pipeline.tracing.recording import draw_noise, embedding_deviation
 from pipeline.tracing.runs import window_of
 from pipeline.tracing.trace import FactTrace, TraceSettings, trace
 from tests.cases import ALL_FAMILIES, EDITS, case, requests
@@ -118,6 +118,16 @@ def test_without_noise_everything_is_the_clean_run() -> None:
         assert found.corrupted == pytest.approx(found.clean, rel=1e-12)
         for values in found.restored.values():
             np.testing.assert_allclose(values, found.clean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_noise_is_measured_in_the_deviation_of_the_subjects_embeddings(family: str) -> None:
+    tiny = case(family)
+    rows = subject_ids(tiny.tokenizer, [edit.subject for edit in EDITS])
+    vectors = tiny.model.get_input_embeddings().weight[[token for row in rows for token in row]]
+    expected = float(vectors.detach().std())
+    assert embedding_deviation(tiny.editable, rows) == pytest.approx(expected, rel=1e-12)
+    assert embedding_deviation(tiny.editable, []) == 0.0
 
 
 @pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
