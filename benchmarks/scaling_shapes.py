@@ -34,7 +34,7 @@ from benchmarks.scaling_model import (
 from pipeline.cluster.cutting import cut_shards
 from pipeline.cluster.plan import probe_shard_size
 from pipeline.cluster.tree import FAN_IN, groups_of
-from pipeline.planning.estimate import CALL_SECONDS, EFFICIENCY
+from pipeline.planning.efficiency import CALL_SECONDS, EFFICIENCY
 from pipeline.planning.flops import (
     ModelSize,
     factor_flops,
@@ -119,7 +119,7 @@ def shape_costs(
 
     def seconds(flops: float, pieces: Sequence[int], phase: str) -> list[float]:
         rate = rates.worker * rates.shares[phase]
-        return [n * flops / rate + CALL_SECONDS for n in pieces]
+        return [n * flops / rate + CALL_SECONDS["ray"] for n in pieces]
 
     layers = []
     for layer in shape.layers:

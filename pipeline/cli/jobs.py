@@ -221,55 +221,28 @@ def plan(
 ) -> None:
     """Say what a job edits, and estimate its time, memory and bytes moved; no weights are loaded.
 
-    A spec with `compare` is planned study by study, one with `survey` cell by cell. Exits with 1
-    where a worker has less memory than it needs (docs/plan.md).
+    A spec with `compare` is planned study by study, one with `survey` cell by cell, one with
+    `train` as a training. Exits with 1 where a worker has less memory than it needs (docs/plan.md).
     """
-    from pipeline.cluster.plan import make_plan
-    from pipeline.cluster.survey import plan_survey
-    from pipeline.planning.estimate import make_estimates, worker_counts
-    from pipeline.planning.memory import side_by_side, worker_share
-    from pipeline.report.plan import comparison_seconds, plan_tables, shortage
-    from pipeline.report.survey_plan import largest_memory, planned, survey_tables
+    from pipeline.planning.job import plan_job
+    from pipeline.planning.memory import worker_share
+    from pipeline.report.job_plan import job_tables
+    from pipeline.report.plan import shortage
     from pipeline.results.planned import write_estimate
-    from pipeline.spec.cells import survey_cells
-    from pipeline.spec.variants import variants
 
-    console = make_console()
-    job = load_spec(spec, overrides)
-    rate, reducer_rate = (
-        None if given is None else given * 1e9 for given in (gflops, reducer_gflops)
-    )
-    cells = None if job.survey is None else plan_survey(survey_cells(job))
-    if cells is None:
-        found = [make_plan(one) for one in ([job] if job.compare is None else variants(job))]
-    else:
-        found = [cell.plan for cell in cells if cell.plan is not None]
-    estimates = make_estimates(
-        found,
-        rate=rate,
-        reducer_rate=reducer_rate,
+    rates = {"rate": gflops, "reducer_rate": reducer_gflops}
+    planned = plan_job(
+        load_spec(spec, overrides),
         steps=steps,
         gigabits=gigabits,
-        workers=worker_counts(found[0].spec),
+        **{name: None if given is None else given * 1e9 for name, given in rates.items()},
     )
-    for study, estimate in zip(found, estimates, strict=True):
-        if job.compare is not None:
-            print_line(console, f"study {study.spec.run_path.name}")
-        if cells is None:
-            console.print(plan_tables(study, estimate))
-        if save:
-            print_line(console, f"plan: {write_estimate(study.spec.place, estimate)}")
-    if job.compare is not None:
-        print_line(console, "seconds of all studies side by side, at most, by workers:")
-        names = [study.spec.run_path.name for study in found]
-        console.print(comparison_seconds(dict(zip(names, estimates, strict=True))))
-    if cells is None:
-        memory = side_by_side([estimate.memory for estimate in estimates])
-    else:
-        memory = largest_memory(estimates)
-        console.print(survey_tables(planned(cells, estimates)))
-    has = worker_share(found[0].spec) if worker_memory is None else worker_memory * 1e9
-    if has is not None and (problem := shortage(memory, has)):
+    console = make_console()
+    console.print(job_tables(planned))
+    for study, estimate in planned.studies if save else ():
+        print_line(console, f"plan: {write_estimate(study.spec.place, estimate)}")
+    has = worker_share(planned.spec) if worker_memory is None else worker_memory * 1e9
+    if has is not None and (problem := shortage(planned.memory, has)):
         typer.echo(one_line(f"editfleet: {problem}"), err=True)
         raise typer.Exit(EXIT_FAILED)
 

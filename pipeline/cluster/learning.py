@@ -73,7 +73,7 @@ def run_training(
         JobFailedError: the job could not go on; the run directory holds what was finished.
         ResultsDamagedError: the run's manifest is damaged.
     """
-    spec = _for_training(spec)
+    spec = training_spec(spec)
     if restart:
         spec = spec.at(next_free_place(spec.place))
     progress = PhaseProgress(console)
@@ -81,9 +81,13 @@ def run_training(
         return _begin_or_go_on(spec, requests, progress)
 
 
-def _for_training(spec: JobSpec) -> JobSpec:
-    """The job without what only editing needs, so that none of it decides."""
-    for group in ("rounds", "compare", "trace"):
+def training_spec(spec: JobSpec) -> JobSpec:
+    """The job without what only editing needs, so that none of it decides.
+
+    Raises:
+        InputError: it has a group that trainings have not, or the method has nothing to train.
+    """
+    for group in ("rounds", "compare", "survey", "trace"):
         if getattr(spec, group) is not None:
             raise InputError(f"{group}: a training has none; set {group} to null")
     chosen: dict[str, Any] = {

@@ -74,6 +74,21 @@ def value_parts(model: EditableModel, edit: EditPrompts, layer: int) -> ValueByt
     return ValueBytes(layer, (states + attention) * model.dtype.itemsize, logits)
 
 
+def pass_bytes(model: EditableModel, tokens: int, read: int, blocks: int) -> int:
+    """Bytes that a pass with gradients over some tokens takes, an upper estimate.
+
+    Args:
+        model: the model.
+        tokens: of a batch.
+        read: those at which the vocabulary is read.
+        blocks: through which there are gradients.
+    """
+    widths = _HIDDEN_STATES * model.hidden_size + _INNER_STATES * model.key_size(0)
+    wide = torch.promote_types(model.dtype, torch.float32).itemsize
+    logits = _LOGIT_COPIES * read * model.vocab_size * wide
+    return blocks * tokens * widths * model.dtype.itemsize + logits
+
+
 def edits_that_fit(
     model: EditableModel,
     edits: Sequence[EditPrompts],

@@ -48,7 +48,7 @@ from pipeline.spec import JobSpec
 
 # Tokens in one pass with gradients, edits that a worker is given at once, and bytes of the weights
 # that these have each for itself.
-_MAX_TOKENS, EDITS_OF_A_PIECE, _BYTES_APART = 2048, 16, 2**29
+MAX_TOKENS, EDITS_OF_A_PIECE, BYTES_APART = 2048, 16, 2**29
 _OWN = frozenset({"editor", "editor_sha256"})
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ class EditLosses:
             asked_rows(tokenizer, examples, model.answers),
             layers,
             "target_tokens",
-            _MAX_TOKENS,
+            MAX_TOKENS,
             smoothing=trainable.smoothing,
         )
         left = kept_rows(
@@ -146,7 +146,7 @@ class EditLosses:
             max_tokens=trainable.train.max_tokens,
             answers_only=trainable.answers_only,
         )
-        self._left = KeptGradients(model, left, layers, _MAX_TOKENS)
+        self._left = KeptGradients(model, left, layers, MAX_TOKENS)
 
     def slopes(self, counts: Weights) -> tuple[dict[str, float], dict[int, Tensor]]:
         """Measures summed over the examples, and the loss' gradient in each weight, (D, F)."""
@@ -217,7 +217,7 @@ class BatchLearner(Learner):
         keys = {layer: model.key_size(layer) for layer in weights.layers}
         self.network = trainable.network(Shapes(model.hidden_size, keys)).to(model.output_device)
         size = 4 * model.hidden_size * sum(keys.values())
-        self._at_once = max(1, _BYTES_APART // size)
+        self._at_once = max(1, BYTES_APART // size)
 
     def contribute(
         self, items: Sequence[Any], number: int, shared: Any, *, learns: bool
@@ -305,7 +305,7 @@ def laid_out(
     requests = [example.edit for example in examples]
     contexts = trainable.spec.method.contexts or ("{}",)
     edits = tokenize_edits(tokenizer, requests, contexts, model.answers)
-    found = trainable.method.gradients(model, edits, _MAX_TOKENS, keeps=False)
+    found = trainable.method.gradients(model, edits, MAX_TOKENS, keeps=False)
     assert isinstance(found, TargetGradients), "networks read the target's gradients"
     return found
 

@@ -19,7 +19,7 @@ from pipeline.models.encoder_decoder import editable_model
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.requests import EditRequest
 
-_MAX_TOKENS = 4096
+MAX_TOKENS = 4096
 # What an edit's scope, embedding and answer do not depend on once the editor is trained.
 _AFTER_TRAINING = frozenset(
     {"editor", "editor_sha256", "mode", "threshold", "index", "exact_below", "index_probes"}
@@ -102,5 +102,5 @@ class SeracLearner(ModuleLearner):
     def losses(self, items: Sequence[Any]) -> dict[str, Tensor]:
         """The means of a batch, which is one item."""
         (examples,) = items
-        found = losses(self.editor, examples, self.settings, _MAX_TOKENS)
+        found = losses(self.editor, examples, self.settings, MAX_TOKENS)
         return {"loss": found.total, "edit_loss": found.edit, "locality_loss": found.scope}

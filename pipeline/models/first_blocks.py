@@ -26,16 +26,7 @@ def first_blocks(model: PreTrainedModel, count: int | None = None) -> PreTrained
     Raises:
         InputError: the model has fewer blocks.
     """
-    config = copy.deepcopy(model.config)
-    if count is not None:
-        _require(count, num_decoder_blocks(config), "")
-        text_config = config.get_text_config()
-        text_config.num_hidden_layers = count
-        if is_encoder_decoder(config):
-            _require(count, num_encoder_blocks(model.config), "an encoder of ")
-            text_config.num_decoder_layers = count
-        if getattr(text_config, "layer_types", None) is not None:
-            text_config.layer_types = list(text_config.layer_types)[:count]
+    config = shorter_config(model.config, count)
     return _copied(model, auto_class(config), config)
 
 
@@ -45,10 +36,31 @@ def first_encoder_blocks(model: PreTrainedModel, count: int) -> PreTrainedModel:
     Raises:
         InputError: it has fewer blocks.
     """
-    config = copy.deepcopy(model.config)
+    return _copied(model, AutoModelForTextEncoding, shorter_encoder_config(model.config, count))
+
+
+def shorter_config(config: Any, count: int | None) -> Any:
+    """The configuration of `first_blocks`, with its arguments and errors."""
+    shorter = copy.deepcopy(config)
+    if count is None:
+        return shorter
+    _require(count, num_decoder_blocks(config), "")
+    text_config = shorter.get_text_config()
+    text_config.num_hidden_layers = count
+    if is_encoder_decoder(config):
+        _require(count, num_encoder_blocks(config), "an encoder of ")
+        text_config.num_decoder_layers = count
+    if getattr(text_config, "layer_types", None) is not None:
+        text_config.layer_types = list(text_config.layer_types)[:count]
+    return shorter
+
+
+def shorter_encoder_config(config: Any, count: int) -> Any:
+    """The configuration of `first_encoder_blocks`, with its arguments and errors."""
     _require(count, num_encoder_blocks(config), "an encoder of ")
-    config.num_hidden_layers = count
-    return _copied(model, AutoModelForTextEncoding, config)
+    shorter = copy.deepcopy(config)
+    shorter.num_hidden_layers = count
+    return shorter
 
 
 def _require(count: int, total: int, whose: str) -> None:

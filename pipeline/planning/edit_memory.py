@@ -8,12 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoModelForTextEncoding, PreTrainedTokenizerBase
 
 from pipeline.evaluation.probes import Probe
-from pipeline.models.loading import encoder_class, load_encoder_config
+from pipeline.models.answers import is_encoder_decoder
+from pipeline.models.first_blocks import shorter_config, shorter_encoder_config
+from pipeline.models.loading import (
+    auto_class,
+    encoder_class,
+    load_config,
+    load_encoder_config,
+)
 from pipeline.planning.flops import ModelSize, matrix_entries, scoring_flops
-from pipeline.planning.outline import ModelOutline, outline
+from pipeline.planning.outline import ModelOutline, as_outline, outline
 from pipeline.prompts import EditPrompts, token_ids
 from pipeline.spec import ModelSpec
 from pipeline.spec.trained import SeracSpec
@@ -91,6 +99,54 @@ class EditMemorySize:
         rows, source = (answers, behind) if self.answering.encoder else (behind + answers, 0.0)
         looked_up = 2.0 * self.classifier * sum(lengths.values())
         return looked_up + scoring_flops(self.answering, rows, answers, source)
+
+
+@dataclass(frozen=True)
+class EditorOutline:
+    """Classifier and h as they are trained, in float32.
+
+    Attributes:
+        module: both, without their numbers.
+        classifier: entries of the matrices that a token of a text is multiplied by.
+        head: of the one that a text's state is multiplied by.
+        answering: h.
+    """
+
+    module: nn.Module
+    classifier: int
+    head: int
+    answering: ModelSize
+
+
+def editor_outline(spec: SeracSpec, model: ModelOutline) -> EditorOutline:
+    """Build what a resolved spec names, or copies of the edited model.
+
+    Raises:
+        InputError: a model that is named cannot be found, or there are fewer blocks.
+    """
+    config, own = model.model.config, ModelSize.of(model)
+    with torch.device("meta"):
+        if spec.classifier is not None:
+            named = load_encoder_config(ModelSpec(path=spec.classifier))
+            classifier, head = encoder_class(named).from_config(named), None
+            read, _ = _encoder(spec.classifier)
+        else:
+            kind, cut = AutoModelForTextEncoding, shorter_encoder_config
+            if not is_encoder_decoder(config):
+                kind, cut = auto_class(config), shorter_config
+            classifier = kind.from_config(cut(config, spec.classifier_blocks))
+            head = nn.Linear(model.hidden_size, spec.embedding_size, bias=False)
+            read = sum((own.encoder_blocks or own.blocks)[: spec.classifier_blocks])
+        if spec.counterfactual is None:
+            shorter = shorter_config(config, spec.counterfactual_blocks)
+        else:
+            shorter = load_config(ModelSpec(path=spec.counterfactual))
+        answering = auto_class(shorter).from_config(shorter)
+    module = nn.ModuleDict({"classifier": classifier, "answering": answering})
+    if head is not None:
+        module["head"] = head
+    entries = 0 if head is None else head.weight.numel()
+    return EditorOutline(module.float(), read, entries, ModelSize.of(as_outline(answering)))
 
 
 def _encoder(path: str) -> tuple[int, int]:

@@ -15,9 +15,18 @@ from pipeline.methods import build_adapter_method, build_gradient_method
 from pipeline.models.editable import resolve_device
 from pipeline.models.loading import load_tokenizer
 from pipeline.planning.edit_memory import EditMemorySize
+from pipeline.planning.efficiency import (
+    CALL_SECONDS,
+    DOUBLE_SHARE,
+    EFFICIENCY,
+    LOAD_BYTES_PER_SECOND,
+    MERGE_THREADS,
+    START_SECONDS,
+)
 from pipeline.planning.memory import batch_size, estimate_memory, local_workers, update_bytes
 from pipeline.planning.outline import ModelOutline, outline
 from pipeline.planning.rates import crossing_seconds, makespan, rate_as_busy
+from pipeline.planning.training_estimate import estimate_training
 from pipeline.planning.work import Pieces, Work, count_work, expected_steps, sample_edits
 from pipeline.prompts import EditPrompts
 from pipeline.results.planned import Estimate, Transfer
@@ -25,36 +34,6 @@ from pipeline.spec import JobSpec, ModelSpec
 
 WORKERS = (1, 8, 64)
 Shapes = tuple[ModelOutline, PreTrainedTokenizerBase]
-
-EFFICIENCY = {
-    "values": 0.45,
-    "gradients": 0.40,
-    "attribution": 0.40,
-    "keys": 0.27,
-    "scoring": 0.40,
-    "generation": 0.10,
-    "general": 0.40,
-    "covariance": 0.55,
-    "merge": 0.5,
-}
-"""Share of the matrix rate that a phase reaches, by the counts of `pipeline.planning.flops`.
-
-Measured with counterfact-12m in float32, 2 workers of 1 thread that reached 90 GFLOP/s in matrix
-products: values 42, keys 24 to 27, scoring 32 to 38 and covariance 50 GFLOP/s (the phases' seconds
-of runs of 1,000 and 10,000 edits; `python -m benchmarks.values` and its like measure them one by
-one). Merging is in float64; its share is of that rate, which on processors is half. Generation
-decodes token by token and is a guess, and so are gradients and attributions until a run of theirs
-is timed.
-"""
-CALL_SECONDS = 0.03
-"""A call to a worker beyond its arithmetic: tokenising, sending, storing: 0.01 to 0.1."""
-START_SECONDS = {"ray": 15.0, "in_process": 1.0}
-"""Starting Ray with two workers on a quiet machine took 14.7 to 17.7 s, imports mostly."""
-LOAD_BYTES_PER_SECOND = 1e9
-"""Weights from disk to memory."""
-_MERGE_THREADS = 2
-_DOUBLE_SHARE = 0.5
-"""Of the rate in float32 on processors, that in float64."""
 
 
 def make_estimate(
@@ -80,15 +59,20 @@ def make_estimate(
         shapes: gives a model's outline and its tokenizer; null makes them.
     """
     spec, (device, _) = plan.spec, resolve_device()
-    if spec.train is not None:
-        raise InputError("train: trainings are not estimated; set train to null to plan an edit")
     model, tokenizer = (shapes or _shapes)(spec.model, device)
-    edits = sample_edits(plan, tokenizer, model.answers)
-    taken = expected_steps(spec) if steps is None else steps
-    work = count_work(plan, model, tokenizer, edits, taken)
     measured = rate is None
     if rate is None:
         rate = measured_rate(spec, device, model.dtype)
+    source: Any = "measured" if measured else "given"
+    link = gigabits * 1e9 / 8
+    if spec.train is not None:
+        if steps is not None:
+            raise InputError("--steps: a training's are train.steps; give --set train.steps=N")
+        given = plan, model, tokenizer, rate, reducer_rate, link, workers
+        return Estimate(rate=rate, rate_source=source, **estimate_training(*given))
+    edits = sample_edits(plan, tokenizer, model.answers)
+    taken = expected_steps(spec) if steps is None else steps
+    work = count_work(plan, model, tokenizer, edits, taken)
     if spec.method.is_locating:
         moved = _moved_in_locating(plan, model)
     elif spec.method.is_piecewise:
@@ -102,10 +86,10 @@ def make_estimate(
     batch = batch_size(plan, device)
     return Estimate(
         rate=rate,
-        rate_source="measured" if measured else "given",
+        rate_source=source,
         steps=taken,
         seconds={
-            count: _seconds(plan, model, work, moved, rate, reducer_rate, count, gigabits * 1e9 / 8)
+            count: _seconds(plan, model, work, moved, rate, reducer_rate, count, link)
             for count in workers
         },
         moved=moved,
@@ -186,7 +170,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Phase -> seconds with so many workers, each on processors of its own."""
 
-    rolls_back = plan.spec.rolls_back
+    rolls_back, a_call = plan.spec.rolls_back, CALL_SECONDS[plan.spec.cluster.engine]
 
     def phase(rounds: Sequence[Pieces], share: float) -> float:
         # Rounds that are rolled back do not wait for one another.
@@ -196,17 +180,17 @@ def _seconds(
             else [piece.shards for piece in rounds]
         )
         return sum(
-            makespan([flops / (rate * share) + CALL_SECONDS for flops in shards], workers)
+            makespan([flops / (rate * share) + a_call for flops in shards], workers)
             for shards in together
         )
 
     if reducer_rate is None:
-        threads = min(_MERGE_THREADS, plan.spec.cluster.reducer_threads)
-        reducer_rate = rate / plan.spec.cluster.cpus_per_worker * threads * _DOUBLE_SHARE
+        threads = min(MERGE_THREADS, plan.spec.cluster.reducer_threads)
+        reducer_rate = rate / plan.spec.cluster.cpus_per_worker * threads * DOUBLE_SHARE
     # Then every worker has a reducer of its own, and applies the updates of its own rounds.
     lanes = min(workers, len(plan.rounds.shards)) if rolls_back else 1
     merge = work.merge / (reducer_rate * EFFICIENCY["merge"]) / lanes
-    apply = work.apply / (rate * _DOUBLE_SHARE * EFFICIENCY["merge"]) / lanes
+    apply = work.apply / (rate * DOUBLE_SHARE * EFFICIENCY["merge"]) / lanes
     crossing = crossing_seconds(moved.keys, moved.updates, workers, bytes_per_second)
     weights = model.num_parameters * model.dtype.itemsize
     found = {"start": START_SECONDS[plan.spec.cluster.engine] + weights / LOAD_BYTES_PER_SECOND}

@@ -145,14 +145,61 @@ def value_flops(
     return total
 
 
+@dataclass(frozen=True)
+class RowTokens:
+    """Tokens of some rows.
+
+    Attributes:
+        tokens: that the model runs; of an encoder-decoder model the decoder's.
+        read: those at which the vocabulary is read.
+        source: that an encoder reads.
+    """
+
+    tokens: int
+    read: int
+    source: int = 0
+
+    def __add__(self, other: "RowTokens") -> "RowTokens":
+        return RowTokens(
+            self.tokens + other.tokens, self.read + other.read, self.source + other.source
+        )
+
+    @classmethod
+    def of_target(cls, edit: EditPrompts, *, at_prompt: bool = False) -> "RowTokens":
+        """Of an edit's rows with its target, which may be read at the prompt's last token alone."""
+        target = 1 if at_prompt else len(edit.target)
+        tokens = sum(stem + target - 1 for stem in edit.stems)
+        return cls(tokens, target * len(edit.rewrites), sum(edit.sources))
+
+
+def entering_flops(size: ModelSize, rows: RowTokens, layer: int) -> float:
+    """FLOP of what enters block `layer`: the blocks below it, and an encoder."""
+    below = size.up_to(layer - 1) * rows.tokens
+    return 2.0 * (below + size.source_up_to(layer - 1) * rows.source)
+
+
+def leaving_flops(size: ModelSize, rows: RowTokens, layer: int, *, backward: bool) -> float:
+    """FLOP of a pass from block `layer` on, and of one back to its down-projection's output.
+
+    The last MLP and the vocabulary run where the loss is read only; what the blocks make of the
+    encoder's states goes forwards only. Backwards the block itself has no part.
+    """
+    read = (size.mlps[-1] + size.unembedding) * rows.read
+    forward = (size.above(layer - 1) - size.mlps[-1]) * rows.tokens + read
+    forward += sum(size.crossing[layer:]) * rows.source
+    if not backward:
+        return 2.0 * forward
+    if layer == len(size.blocks) - 1:
+        return 2.0 * (forward + size.unembedding * rows.read)
+    return 2.0 * (forward + (size.above(layer) - size.mlps[-1]) * rows.tokens + read)
+
+
 def gradient_flops(
     size: ModelSize, edits: Sequence[EditPrompts], layer: int, passes: float, *, at_prompt: bool
 ) -> float:
     """FLOP of so many gradients of the target's loss, summed over edits.
 
-    What lies below the lowest edited block runs once, and so does an encoder. From there on every
-    pass goes forwards and backwards, the last MLP and the vocabulary where the loss is read only;
-    what the blocks make of the encoder's states goes forwards only.
+    What lies below the lowest edited block runs once, and so does an encoder.
 
     Args:
         size: the model's.
@@ -161,16 +208,11 @@ def gradient_flops(
         passes: gradients of every edit.
         at_prompt: whether the target is predicted at the prompt's last token, and not run itself.
     """
-    below, above = size.up_to(layer - 1), size.above(layer - 1)
     total = 0.0
     for edit in edits:
-        target = 1 if at_prompt else len(edit.target)
-        tokens, source = sum(stem + target - 1 for stem in edit.stems), sum(edit.sources)
-        read = target * len(edit.rewrites)
-        a_pass = (above - size.mlps[-1]) * tokens + (size.mlps[-1] + size.unembedding) * read
-        total += 2.0 * below * tokens + 4.0 * passes * a_pass
-        once = size.source_up_to(layer - 1)
-        total += 2.0 * source * (once + passes * sum(size.crossing[layer:]))
+        rows = RowTokens.of_target(edit, at_prompt=at_prompt)
+        a_pass = leaving_flops(size, rows, layer, backward=True)
+        total += entering_flops(size, rows, layer) + passes * a_pass
     return total
 
 

@@ -24,7 +24,7 @@ CONTEXT_BYTES = 600_000_000
 """CUDA's context and kernels in a process, on each of its GPUs; an assumption."""
 # Of a request: a CounterFact prompt with its subject has about as many tokens; an assumption too.
 _PROMPT_TOKENS, _TARGET_TOKENS = 20, 3
-_REQUEST_BYTES = 8000
+REQUEST_BYTES = 8000
 """A request with its dozen probes as Python objects, texts and all; an assumption."""
 _WIDE, _DOUBLE = 4, 8
 _EDITED = "copies of edited weights"
@@ -62,7 +62,7 @@ def estimate_memory(
     worker = {
         "process": BASE_BYTES,
         "weights": model.num_parameters * item,
-        _EDITED: _edited_bytes(model, layers),
+        _EDITED: edited_bytes(model, layers),
         "activations of a value batch": activations,
         "hidden states and keys": int(min(kept, plan.spec.cluster.hidden_states_gb * 1e9)),
     }
@@ -90,7 +90,7 @@ def estimate_memory(
     }
     driver = {
         "process": BASE_BYTES,
-        "requests": len(plan.rows) * _REQUEST_BYTES,
+        "requests": len(plan.rows) * REQUEST_BYTES,
         "covariances": sum(size * size for size in sizes) * _DOUBLE,
         "values": round_edits * d * _WIDE,
     }
@@ -122,7 +122,7 @@ def gpu_memory(
         return {
             "process": CONTEXT_BYTES,
             "weights": part.weight_bytes,
-            _EDITED: _edited_bytes(model, own),
+            _EDITED: edited_bytes(model, own),
             "activations of a value batch": batch * max(over, default=0),
             "hidden states and keys": int(spec.cluster.hidden_states_gb * 1e9) if own else 0,
             "covariance sums": sum(model.key_size(layer) ** 2 for layer in own) * _DOUBLE,
@@ -138,7 +138,7 @@ def ordinary_edit(spec: JobSpec) -> EditPrompts:
     return EditPrompts((row,) * contexts, (0,) * _TARGET_TOKENS, row, "")
 
 
-def _edited_bytes(model: ModelOutline, layers: Sequence[int]) -> int:
+def edited_bytes(model: ModelOutline, layers: Sequence[int]) -> int:
     """Pristine weights, all updates' sums in float32, and one update on its way in."""
     sizes = [model.key_size(layer) for layer in layers]
     kept = sum(sizes) * (model.dtype.itemsize + _WIDE)
@@ -158,7 +158,7 @@ def side_by_side(studies: Sequence[Memory]) -> Memory:
     def of_all(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
         found = largest(parts)
         if found:
-            found[_EDITED] = sum(part[_EDITED] for part in parts)
+            found[_EDITED] = sum(part.get(_EDITED, 0) for part in parts)
         return found
 
     return Memory(
@@ -167,6 +167,11 @@ def side_by_side(studies: Sequence[Memory]) -> Memory:
         driver=largest([study.driver for study in studies]),
         gpu=of_all([study.gpu for study in studies]),
     )
+
+
+def largest_memory(studies: Sequence[Memory]) -> Memory:
+    """Of the study whose workers need the most, where one is made after another."""
+    return max(studies, key=lambda memory: memory.worker_bytes)
 
 
 def _kept(sizes: Sequence[int]) -> int:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from pipeline.models.answers import is_encoder_decoder
 from pipeline.models.editable import EditableModel
@@ -37,8 +38,17 @@ def outline(spec: ModelSpec, *, device: torch.device) -> ModelOutline:
     config = load_config(spec)
     with torch.device("meta"):
         model: Any = auto_class(config).from_config(config)
-    kind = EncoderDecoderOutline if is_encoder_decoder(config) else ModelOutline
-    return kind(model.to(computing_type(spec, config, device)))
+    return as_outline(model.to(computing_type(spec, config, device)))
+
+
+def as_outline(model: PreTrainedModel) -> ModelOutline:
+    """The outline of a model on the `meta` device.
+
+    Raises:
+        ModelNotSupportedError: the architecture is not covered.
+    """
+    is_both = is_encoder_decoder(model.config)
+    return (EncoderDecoderOutline if is_both else ModelOutline)(model)
 
 
 def computing_type(spec: ModelSpec, config: Any, device: torch.device) -> torch.dtype:

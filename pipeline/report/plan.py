@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline.cluster.plan import Plan
 from pipeline.planning.memory import BASE_BYTES
 from pipeline.printable import one_line
-from pipeline.results.planned import Estimate, Memory
+from pipeline.results.planned import Estimate, Memory, PlannedTraining
 
 
 def plan_tables(plan: Plan, estimate: Estimate) -> RenderableType:
@@ -85,8 +85,15 @@ def shortage(memory: Memory, worker_bytes: float) -> str | None:
         )
     return (
         f"a worker needs about {_size(need)}, {has}; take fewer workers a machine, or lower"
-        " cluster.value_batch_size or cluster.hidden_states_gb"
+        f" {_LOWER['job' if _VALUES in memory.worker else 'training']}"
     )
+
+
+_VALUES = "activations of a value batch"
+_LOWER = {
+    "job": "cluster.value_batch_size or cluster.hidden_states_gb",
+    "training": "train.batch_size, train.max_tokens or the sizes of the editor",
+}
 
 
 def _gpu_shortage(memory: Memory, gpu_bytes: float) -> str | None:
@@ -102,27 +109,50 @@ def _gpu_shortage(memory: Memory, gpu_bytes: float) -> str | None:
 def _lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
     statuses = Counter(row.status for row in plan.rows)
     counts = ", ".join(f"{statuses[s]} {s}" for s in ("accepted", "rejected", "conflict"))
-    yield f"requests: {len(plan.rows)} read: {counts}; {plan.num_requests} to edit"
+    use = f"{plan.num_requests} to edit"
+    if (training := estimate.training) is not None:
+        use = f"{training.learnt} to train on, {training.held} to measure on"
+    yield f"requests: {len(plan.rows)} read: {counts}; {use}"
     for row in [row for row in plan.rows if row.status != "accepted"][:_MOST_PROBLEMS]:
         yield f"  {row.status}: {' '.join(row.reason.split())}"
-    rounds = plan.rounds.shards
-    largest = max(len(shard.items) for shard in plan.shards)
-    layers = ", ".join(map(str, plan.layers))
-    yield (
-        f"shards: {len(plan.shards)} of at most {largest} requests, in {len(rounds)}"
-        f" round{'s' * (len(rounds) > 1)}; {plan.spec.method.name} at layers {layers}"
-    )
-    source = "on this machine's processors as busy as they are" * (
-        estimate.rate_source == "measured"
-    )
-    yield (
-        f"rate of a worker: {estimate.rate / 1e9:.4g} GFLOP/s in matrix products"
-        f" ({f'measured {source}' if source else 'given'}); {estimate.steps:.3g} of"
-        f" {plan.spec.method.value.steps} steps an edit"
-    )
+    if estimate.training is not None:
+        yield from _of_training(plan, estimate.training)
+    else:
+        yield _of_shards(plan)
+    is_measured = estimate.rate_source == "measured"
+    source = "measured on this machine's processors as busy as they are" if is_measured else "given"
+    rate = f"rate of a worker: {estimate.rate / 1e9:.4g} GFLOP/s in matrix products ({source})"
+    if estimate.training is None:
+        rate += f"; {estimate.steps:.3g} of {plan.spec.method.value.steps} steps an edit"
+    yield rate
 
 
 _MOST_PROBLEMS = 5
+
+
+def _of_shards(plan: Plan) -> str:
+    rounds = plan.rounds.shards
+    largest = max(len(shard.items) for shard in plan.shards)
+    layers = ", ".join(map(str, plan.layers))
+    return (
+        f"shards: {len(plan.shards)} of at most {largest} requests, in {len(rounds)}"
+        f" round{'s' * (len(rounds) > 1)}; {plan.spec.method.name} at layers {layers}"
+    )
+
+
+def _of_training(plan: Plan, training: PlannedTraining) -> Iterator[str]:
+    method, train = plan.spec.method, plan.spec.train
+    assert train is not None
+    where = "" if method.is_memory else f" at layers {', '.join(map(str, plan.layers))}"
+    yield (
+        f"training: {method.name}{where}, {training.parameters:,} parameters;"
+        f" {train.steps} steps at most; batch_size {train.batch_size}, accumulate"
+        f" {train.accumulate}; {training.measurements} measurements"
+    )
+    yield (
+        f"a step gives workers {_size(training.step_out)}, the same for all, and returns"
+        f" {_size(training.step_back)}"
+    )
 
 
 def _seconds(estimate: Estimate) -> Table:
@@ -169,8 +199,12 @@ def _moved(estimate: Estimate) -> Table:
     table.add_column("what")
     table.add_column("moved between processes", justify="right")
     for what, size in estimate.moved.model_dump().items():
-        table.add_row(what, _size(size))
+        if size:
+            table.add_row(what, _size(size))
     table.add_section()
+    if estimate.training is not None:
+        for kind in ("checkpoint", "editor"):
+            table.add_row(f"{kind}, on disk", _size(estimate.stored[kind]))
     table.add_row("run directory", _size(sum(estimate.stored.values())))
     return table
 

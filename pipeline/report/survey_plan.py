@@ -1,27 +1,20 @@
 """A survey's plan for people: the seconds that each of its cells is estimated to take, and all."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from pipeline.cluster.survey import Entry
+from pipeline.planning.job import Cells
+from pipeline.planning.memory import largest_memory
 from pipeline.report.plan import memory_table, number, said
-from pipeline.results.planned import Estimate, Memory
+from pipeline.results.planned import Estimate
 
 SHARED = ("start", "covariance")
 """Phases that the cells of a model have in common: its workers are started once."""
 
-Planned = Sequence[tuple[Entry, Estimate | None]]
 
-
-def planned(entries: Sequence[Entry], estimates: Sequence[Estimate]) -> Planned:
-    """Put each estimate to its cell; one that cannot be made has none."""
-    left = iter(estimates)
-    return [(entry, None if entry.plan is None else next(left)) for entry in entries]
-
-
-def survey_tables(cells: Planned) -> RenderableType:
+def survey_tables(cells: Cells) -> RenderableType:
     """Seconds of every cell with the spec's workers, of all cells by workers, and memory.
 
     Args:
@@ -32,13 +25,8 @@ def survey_tables(cells: Planned) -> RenderableType:
         *map(said, _impossible(cells)),
         _cells(cells, next(iter(estimates[0].seconds))),
         _all(cells),
-        memory_table(largest_memory(estimates)),
+        memory_table(largest_memory([one.memory for one in estimates])),
     )
-
-
-def largest_memory(estimates: Sequence[Estimate]) -> Memory:
-    """Of the cell whose workers need the most; cells are made one after another."""
-    return max((one.memory for one in estimates), key=lambda memory: memory.worker_bytes)
 
 
 def own_seconds(estimate: Estimate, workers: int) -> float:
@@ -47,7 +35,7 @@ def own_seconds(estimate: Estimate, workers: int) -> float:
     return sum(seconds for phase, seconds in phases.items() if phase not in SHARED)
 
 
-def shared_seconds(cells: Planned, workers: int) -> dict[str, float]:
+def shared_seconds(cells: Cells, workers: int) -> dict[str, float]:
     """Phase -> seconds of what is made once for all cells of a model, over all models."""
     of_model: dict[str, dict[str, float]] = {}
     for entry, estimate in cells:
@@ -58,7 +46,7 @@ def shared_seconds(cells: Planned, workers: int) -> dict[str, float]:
     return {phase: sum(found[phase] for found in of_model.values()) for phase in SHARED}
 
 
-def _impossible(cells: Planned) -> Iterator[str]:
+def _impossible(cells: Cells) -> Iterator[str]:
     """A line for every editor and reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for entry, estimate in cells:
@@ -71,7 +59,7 @@ def _impossible(cells: Planned) -> Iterator[str]:
         yield f"impossible: {editor}, {', '.join(sizes)}: {reason}"
 
 
-def _cells(cells: Planned, workers: int) -> Table:
+def _cells(cells: Cells, workers: int) -> Table:
     names = list(dict.fromkeys(entry.cell.name for entry, _ in cells))
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     for entry, estimate in cells:
@@ -91,7 +79,7 @@ def _cells(cells: Planned, workers: int) -> Table:
     return table
 
 
-def _all(cells: Planned) -> Table:
+def _all(cells: Cells) -> Table:
     table = Table(title="seconds of all cells, at most, by workers", title_justify="left")
     table.add_column("what")
     estimates = [estimate for _, estimate in cells if estimate is not None]

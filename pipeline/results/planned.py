@@ -61,15 +61,43 @@ def at_its_peak(parts: Mapping[str, int]) -> int:
 
 
 class Transfer(BaseModel):
-    """Bytes that a phase moves between driver, workers and reducer."""
+    """Bytes that a phase moves between driver, workers and reducer.
+
+    `parameters` and `gradients` are of the training of an editor: what workers are given, and what
+    they return.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    values: int
-    keys: int
-    updates: int
-    metrics: int
-    covariance: int
+    values: int = 0
+    keys: int = 0
+    updates: int = 0
+    metrics: int = 0
+    covariance: int = 0
+    parameters: int = 0
+    gradients: int = 0
+
+
+class PlannedTraining(BaseModel):
+    """What the training of an editor is of.
+
+    Attributes:
+        learnt: requests to train on.
+        held: requests to measure on.
+        measurements: how often they are measured on.
+        parameters: of the editor.
+        step_out: bytes that a step gives to the workers.
+        step_back: bytes that they return.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    learnt: int
+    held: int
+    measurements: int
+    parameters: int
+    step_out: int
+    step_back: int
 
 
 class Estimate(BaseModel):
@@ -78,11 +106,12 @@ class Estimate(BaseModel):
     Attributes:
         rate: FLOP/s of one worker in matrix products.
         rate_source: `measured` on this machine as busy as it was, or `given`.
-        steps: steps that an edit is taken to need.
+        steps: steps that an edit is taken to need; of a training, those that it makes.
         seconds: workers -> phase -> seconds.
         moved: bytes between the processes.
         stored: part kind -> bytes in the run directory.
         memory: bytes of a worker, the reducer and the driver.
+        training: of a training alone.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -94,6 +123,7 @@ class Estimate(BaseModel):
     moved: Transfer
     stored: dict[str, int]
     memory: Memory
+    training: PlannedTraining | None = None
 
 
 def write_estimate(place: str | Path, estimate: Estimate) -> Path | str:

@@ -27,7 +27,8 @@ from pipeline.cluster.plan import make_plan
 from pipeline.errors import InputError
 from pipeline.evaluation.survey import SHARES
 from pipeline.models.loading import load_model, load_tokenizer
-from pipeline.planning.estimate import CALL_SECONDS, EFFICIENCY, make_estimate
+from pipeline.planning.efficiency import CALL_SECONDS, EFFICIENCY
+from pipeline.planning.estimate import make_estimate
 from pipeline.planning.flops import ModelSize
 from pipeline.planning.outline import outline
 from pipeline.report.page import write_report
@@ -221,7 +222,7 @@ def test_it_is_planned_by_the_calls_of_its_models(tiny: TinyJobs, tmp_path: Path
         for text in (f"{one['prompt'].replace('{}', one['subject'])} {one['target_new']['str']}",)
     ]
     flops = 2 * sum(ModelSize.of(model).blocks[:2]) * sum(tokens)
-    expected = flops / (1e5 * EFFICIENCY["covariance"]) + CALL_SECONDS
+    expected = flops / (1e5 * EFFICIENCY["covariance"]) + CALL_SECONDS["in_process"]
     assert twelve.seconds[1]["memory"] == pytest.approx(expected, rel=0.01)
     # The unedited model is asked without a memory, the edited one with it.
     assert twelve.seconds[1]["evaluation"] > 1.5 * twelve.seconds[1]["baseline"]

@@ -16,14 +16,16 @@ from pipeline.errors import InputError, ResultsDamagedError
 from pipeline.evaluation.probes import Probe
 from pipeline.models.editable import EditableModel
 from pipeline.planning.edit_memory import EditMemorySize
+from pipeline.planning.efficiency import CALL_SECONDS
 from pipeline.planning.estimate import make_estimate, make_estimates
 from pipeline.planning.flops import ModelSize, scoring_flops
+from pipeline.planning.job import estimated
 from pipeline.planning.memory import side_by_side
 from pipeline.planning.outline import outline
 from pipeline.planning.rates import crossing_seconds, rate_as_busy
 from pipeline.report.page import write_report
 from pipeline.report.plan import comparison_seconds
-from pipeline.report.survey_plan import own_seconds, planned, shared_seconds
+from pipeline.report.survey_plan import own_seconds, shared_seconds
 from pipeline.results.planned import Estimate, read_estimate, write_estimate
 from pipeline.spec import ModelSpec
 from pipeline.spec.cells import survey_cells
@@ -48,7 +50,7 @@ def test_what_an_estimate_follows(tiny: TinyJobs, tmp_path: Path) -> None:
     slow = make_estimate(plan, rate=1e6, steps=5, workers=(1, 2, 8))
     fast = make_estimate(plan, rate=1e8, steps=5, workers=(1,))
     longer = make_estimate(plan, rate=1e6, steps=10, workers=(1,))
-    calls = 4 * 0.03  # four shards
+    calls = 4 * CALL_SECONDS["in_process"]  # four shards
     assert slow.seconds[1]["values"] - calls == pytest.approx(
         100 * (fast.seconds[1]["values"] - calls)
     )
@@ -198,7 +200,7 @@ def test_a_survey_is_planned_cell_by_cell(
     estimates = make_estimates(
         [entry.plan for entry in entries if entry.plan is not None], rate=1e6, workers=(1, 2)
     )
-    cells = planned(entries, estimates)
+    cells = estimated(entries, estimates)
     done = {entry.cell.label: estimate for entry, estimate in cells if estimate is not None}
     assert [label.split("/", 2)[2] for label in done] == [
         "memit/single", "memit/batch-1", "memit/batch-6", "memit/sequence",
