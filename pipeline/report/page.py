@@ -147,7 +147,7 @@ def _training_sections(run: Run) -> Iterator[Section]:
         "summary",
         "Training of an editor",
         [figures_learning.curves(run)],
-        [tables.request_counts(found.requests)],
+        [tables.request_counts(found.requests), planned.estimate_of(run)],
         [validation_said(found.training)],
     )
     yield _own_settings(run, "train", "method")

@@ -1,10 +1,14 @@
 """What a run was estimated to take, beside what it took."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from pipeline.report.findings import Findings
+from pipeline.places import below
+from pipeline.report.findings import Recorded, check_recorded
 from pipeline.report.tables import Labelled, Table
-from pipeline.results.planned import Estimate
+from pipeline.results.place import MANIFEST
+from pipeline.results.planned import Estimate, read_estimate
+from pipeline.results.reading import Run
+from pipeline.results.recorded import check_recorded
 
 
 def estimates(labelled: Labelled) -> Table | None:
@@ -13,21 +17,48 @@ def estimates(labelled: Labelled) -> Table | None:
         (label, what, unit, f"{guess:.4g}", f"{found:.4g}", f"{found / guess:.2f}")
         for label, findings in labelled
         if findings.estimate is not None
-        for what, unit, guess, found in _compared(findings, findings.estimate)
+        for what, unit, guess, found in _compared(
+            findings.summary["seconds"], findings.recorded, findings.estimate
+        )
         if guess > 0 and found > 0
     ]
+    return _table(rows)
+
+
+def estimate_of(run: Run) -> Table | None:
+    """The same of one job that edits nothing.
+
+    Raises:
+        ResultsDamagedError: its manifest or its plan is damaged.
+    """
+    estimate = read_estimate(run.path)
+    if estimate is None:
+        return None
+    recorded = check_recorded(run.manifest, Recorded, below(run.place, MANIFEST))
+    compared = _compared(run.summary["seconds"], recorded, estimate)
+    return _table(
+        [
+            (recorded.name, what, unit, f"{guess:.4g}", f"{found:.4g}", f"{found / guess:.2f}")
+            for what, unit, guess, found in compared
+            if guess > 0 and found > 0
+        ]
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> Table | None:
     if not rows:
         return None
     head = ("run", "what", "unit", "estimated", "measured", "measured / estimated")
     return Table("Plan and reality", head, rows, frozenset({3, 4, 5}))
 
 
-def _compared(findings: Findings, estimate: Estimate) -> Iterator[tuple[str, str, float, float]]:
+def _compared(
+    seconds: Mapping[str, float], recorded: Recorded, estimate: Estimate
+) -> Iterator[tuple[str, str, float, float]]:
     """What, its unit, estimated, measured; times only where it was planned for as many workers."""
-    seconds = findings.summary["seconds"]
-    for phase, guess in estimate.seconds.get(findings.recorded.workers.count, {}).items():
+    for phase, guess in estimate.seconds.get(recorded.workers.count, {}).items():
         yield phase, "s", guess, seconds.get(phase, 0.0)
-    peaks = [memory.resident for memory in findings.recorded.peak_worker_memory_bytes]
+    peaks = [memory.resident for memory in recorded.peak_worker_memory_bytes]
     yield (
         "memory of a worker",
         "MB",
@@ -39,5 +70,5 @@ def _compared(findings: Findings, estimate: Estimate) -> Iterator[tuple[str, str
             f"{kind} in the run directory",
             "MB",
             guess / 1e6,
-            findings.recorded.bytes.get(kind, 0) / 1e6,
+            recorded.bytes.get(kind, 0) / 1e6,
         )
