@@ -1,9 +1,9 @@
 """What a run was estimated to take, beside what it took."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.places import below
-from pipeline.report.findings import Recorded, check_recorded
+from pipeline.report.findings import Recorded
 from pipeline.report.tables import Labelled, Table
 from pipeline.results.place import MANIFEST
 from pipeline.results.planned import Estimate, read_estimate
@@ -45,7 +45,7 @@ def estimate_of(run: Run) -> Table | None:
     )
 
 
-def _table(rows: list[tuple[str, ...]]) -> Table | None:
+def _table(rows: Sequence[tuple[str, ...]]) -> Table | None:
     if not rows:
         return None
     head = ("run", "what", "unit", "estimated", "measured", "measured / estimated")
