@@ -20,6 +20,7 @@ from benchmarks import (
     scaling,
     scaling_shapes,
     scheduler,
+    small_rounds,
     t_patcher,
     tracing,
     values,
@@ -158,6 +159,13 @@ def test_scheduler(tmp_path: Path) -> None:
     row = scheduler.main(arguments)
     assert row["shards"] == 3 and row["requests"] == 50
     assert row["values_milliseconds"] > 0 and row["read_keys_again_milliseconds"] > 0
+
+
+def test_small_rounds(tmp_path: Path) -> None:
+    """Two workers, two studies of one piece a phase: side by side, or one behind the other."""
+    sizes = ["--workers", "2", "--studies", "2", "--rounds", "5", "--repeats", "3"]
+    row = small_rounds.main([*sizes, "--milliseconds", "20", "--results", str(tmp_path)])
+    assert 1.3 < row["times_faster"] < 2.5
 
 
 def test_workers_take_the_next_piece_when_they_are_free() -> None:
