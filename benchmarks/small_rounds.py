@@ -2,10 +2,10 @@
 
     python -m benchmarks.small_rounds --workers 4 --studies 4
 
-Every study has a scheduler and a thread of its own, as studies that are made side by side have, and
-goes through rounds that have work for one worker. The workers are simulated: a worker takes one call
-at a time, in the order in which they came, and a call sleeps, so that the scheduler's choice alone is
-measured, whatever else the machine does. Both ways take turns; the medians' ratio counts.
+Every study has a scheduler and a thread of its own, as studies that are made side by side have,
+and goes through rounds that have work for one worker. The workers are simulated: each takes one
+call at a time, in the order in which they came, and a call sleeps, so that the scheduler's choice
+alone is measured, whatever else the machine does. Both ways take turns; the medians' ratio counts.
 """
 
 import argparse
