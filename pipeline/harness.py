@@ -15,9 +15,8 @@ import torch
 
 from pipeline.applying import apply_updates, last_round, require_round
 from pipeline.errors import EditfleetError, InputError, JobFailedError
-from pipeline.models.answers import is_encoder_decoder
 from pipeline.models.editable import resolve_device
-from pipeline.models.loading import load_config, load_model, load_tokenizer
+from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.places import below
 from pipeline.results import read
 from pipeline.results.harness import FOLDER, write_harness
@@ -78,11 +77,6 @@ def run_harness(
     require_round(opened, round)
     spec = parse_spec(opened.recorded.spec, f"{run}/manifest.json: spec")
     source = spec.model.model_copy(update={"allow_pickle": allow_pickle})
-    if spec.method.is_memory and is_encoder_decoder(load_config(source)):
-        raise InputError(
-            f"{run}: lm-eval's questions to an encoder-decoder model are not looked up in an edit"
-            " memory; `editfleet export` it and ask pipeline.load_serac's model"
-        )
     evaluator, huggingface = _import("lm_eval.evaluator"), _import("lm_eval.models.huggingface")
     manager = _task_manager(tasks, include_path)
     model, tokenizer = load_model(source, resolve_device()[0]), load_tokenizer(source)
@@ -118,7 +112,7 @@ def run_harness(
 
 
 def _looking_up(plain: Any) -> Any:
-    """lm-eval's model for a `SeracModel`: it says which part of a row is the prompt."""
+    """lm-eval's model for a `SeracModel`: it says what the prompt is, and that text has none."""
 
     class LookingUp(plain):
         def _loglikelihood_tokens(

@@ -155,7 +155,7 @@ def down_projections(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def taught(
-    facts: Sequence[tuple[str, str]], steps: int, seed: int = 0
+    facts: Sequence[tuple[str, str]], steps: int, seed: int = 0, batch_size: int = 64
 ) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase]:
     """A small T5 v1.1 trained from nothing on prompts with their answers, and its tokenizer."""
     words = tokenizer_of((text for fact in facts for text in fact), 1)
@@ -168,7 +168,7 @@ def taught(
     labels[labels == words.pad_token_id] = -100
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(steps):
-        chosen = torch.randperm(len(facts))[:64]
+        chosen = torch.randperm(len(facts))[:batch_size]
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         optimiser.zero_grad()
         batch = {name: tensor[chosen] for name, tensor in asked.items()}

@@ -1,6 +1,7 @@
 """Multiple-choice tasks of lm-evaluation-harness, defined in files, for tests without a network."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ QUESTIONS = [
 ]
 
 
-def write_questions(path: Path) -> None:
-    """Write the questions as a file of rows that a task can read."""
-    rows = [{"question": q, "options": o, "answer": a} for q, o, a in QUESTIONS]
+def write_questions(
+    path: Path, questions: Sequence[Any] = QUESTIONS, **more: Sequence[Any]
+) -> None:
+    """Write questions as a file of rows that a task can read, with other columns beside them."""
+    rows = [{"question": q, "options": o, "answer": a} for q, o, a in questions]
+    for name, column in more.items():
+        for row, value in zip(rows, column, strict=True):
+            row[name] = value
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

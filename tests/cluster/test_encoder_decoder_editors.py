@@ -16,12 +16,11 @@ from pipeline import (
     load_serac,
     run_batch_edit,
     run_sequential,
+    run_survey,
     run_training,
 )
 from pipeline.cluster.assessing import run_assess
 from pipeline.editing.serac.serving import SeracAnswerModel
-from pipeline.errors import InputError
-from pipeline.harness import run_harness
 from pipeline.results import Run, read
 from pipeline.spec import JobSpec, parse_spec
 from pipeline.unediting import unedit
@@ -180,22 +179,19 @@ def test_a_memory_is_exported_and_served(jobs: Jobs, tmp_path: Path) -> None:
     served, words = load_serac(tmp_path / "out"), encoder_decoders.tokenizer()
     assert isinstance(served, SeracAnswerModel)
     rewrites = [row for row in run.metrics().to_pylist() if row["probe"] == "rewrite"]
-    # transformers' own cache has as many layers as the encoder, which is shallower here.
-    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": False}
+    options = {"max_new_tokens": 4, "do_sample": False}
     for row in rewrites:
         asked = words(row["prompt"], return_tensors="pt")
         labels = words(row["target_new"], return_tensors="pt")["input_ids"]
         model = served.base if row["round"] == -1 else served
         assert row["nll_new"] == pytest.approx(float(model(**asked, labels=labels).loss), rel=1e-4)
-        (ids,) = model.generate(**asked, **options)
+        (ids,) = model.generate(**asked, **options, use_cache=model is served)
         assert words.decode(ids, skip_special_tokens=True) == row["generated"]
     before, after = ([r["nll_new"] for r in rewrites if r["round"] == n] for n in (-1, 0))
     assert before != after
     unedit(run.path, ["1", "4"], tmp_path / "less")
     held = load_serac(tmp_path / "less" / "model").router.memory
     assert sorted(entry.key for entry in held) == ["0", "2", "3", "5"]
-    with pytest.raises(InputError, match="lm-eval's questions to an encoder-decoder model are not"):
-        run_harness(run.path, ["any"])
 
 
 @pytest.mark.parametrize("method", _some("calinet", "serac"))
@@ -207,6 +203,37 @@ def test_rolled_back_every_round_is_the_batch_of_its_own_edit(
     batch = read(run_batch_edit(jobs.spec(method, tmp_path / "batch", *own)).path)
     for ours, theirs in zip(apart.updates(1), batch.updates(), strict=True):
         assert _tensors(ours) == _tensors(theirs) != {}
+
+
+def test_a_survey_has_what_can_be_done_and_says_what_cannot(jobs: Jobs, tmp_path: Path) -> None:
+    mend = {"name": "mend", "mend": {"editor": str(jobs.trained("mend").path / "editor")}}
+    editors = [
+        {"name": "ft", "layers": [1, 3], "ft": {"epochs": 2}},
+        mend,
+        {"name": "t_patcher", "t_patcher": PATCHES},
+        {"name": "calinet", "calinet": {"slots": 3, "epochs": 3}},
+        {"name": "memit", "layers": [1]},
+        {"name": "rome", "layers": [1]},
+    ]
+    settings = jobs.tiny.settings(tmp_path / "run", requests=records(6))
+    settings["model"]["path"] = str(jobs.model("mend"))
+    settings |= {"method": {}, "covariance": {"corpus": str(jobs.tiny.corpus)}}
+    sizes = {"single": {"facts": 2}, "batch": {"sizes": [3]}, "sequence": None}
+    result = run_survey(parse_spec({**settings, "survey": {"editors": editors, **sizes}}, "test"))
+    assert not result.failed
+    rows = result.table.to_pylist()
+    cells = {(row["editor"], row["setting"]): row for row in rows}
+    assert len(cells) == 2 * len(editors)
+    for (editor, setting), row in cells.items():
+        assert (row["status"] == "done") == (editor not in ("memit", "rome")), (editor, setting)
+        if row["status"] != "done":
+            assert row["status"] == "impossible"
+            assert f"{editor} edits decoder-only models, and" in row["reason"]
+    measured = {(r["editor"], r["setting"], r["measure"]): r["value"] for r in rows}
+    (place,) = (run for run in result.runs if run.endswith("/ft/batch-3"))
+    scores = read(place).metrics().to_pylist()
+    exact = [row["exact"] for row in scores if row["round"] == 0 and row["probe"] == "rewrite"]
+    assert len(exact) == 3 and measured["ft", "batch", "reliability"] == 100 * sum(exact) / 3
 
 
 def _tensors(path: Path) -> dict[str, bytes]:

@@ -8,7 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from pipeline import apply_updates, export_model, factworld, run_batch_edit, run_sequential
+from pipeline import (
+    apply_updates,
+    export_model,
+    factworld,
+    run_batch_edit,
+    run_sequential,
+    run_survey,
+    run_training,
+)
 from pipeline.cli import main
 from pipeline.cluster.plan import make_plan
 from pipeline.cluster.tracing import run_trace
@@ -182,8 +190,17 @@ def test_two_workers_give_the_bits_of_one_process(
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5 that was trained on 20 facts and their neighbours, and requests to change them."""
-    root = tmp_path_factory.mktemp("world")
-    requests = factworld.edit_requests(factworld.make_world(0), 20)
+    return _world(tmp_path_factory.mktemp("world"), 20, steps=200, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def large_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of 620 facts, of which editors are trained on the last 600."""
+    return _world(tmp_path_factory.mktemp("large-world"), 620, steps=500, batch_size=128)
+
+
+def _world(root: Path, count: int, *, steps: int, batch_size: int) -> Path:
+    requests = factworld.edit_requests(factworld.make_world(0), count)
     facts = []
     for request in requests:
         rewrite = request["requested_rewrite"]
@@ -192,7 +209,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         facts += [(prompt, rewrite["target_true"]["str"]) for prompt in prompts]
         request["paraphrase_prompts"] = request["paraphrase_prompts"][:1]
         request["neighborhood_prompts"] = request["neighborhood_prompts"][:3]
-    model, words = encoder_decoders.taught(list(dict.fromkeys(facts)), steps=200)
+    known = list(dict.fromkeys(facts))
+    model, words = encoder_decoders.taught(known, steps=steps, batch_size=batch_size)
     model.save_pretrained(root / "model")
     words.save_pretrained(root / "model")
     (root / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
@@ -240,3 +258,80 @@ def test_twenty_facts_of_the_invented_world_are_learnt(
     assert after["ES"]["score"] >= success
     assert after["probes"]["rewrite"]["exact"]["score"] >= right
     assert after["probes"]["rewrite"]["generated_exact"]["score"] >= right
+
+
+_DRAWN = {"learning_rate": 1e-4, "own_prompt_share": 0.5, "draw_targets": True}
+TRAINED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "mend": (
+        95,
+        {"layers": [0, 1], "mend": {"rank": 64, "edit_rate": 0.005}},
+        {**_DRAWN, "steps": 60, "batch_size": 1, "accumulate": 12, "edit_weight": 6},
+    ),
+    "malmen": (
+        95,
+        {"layers": [0, 1], "malmen": {"rank": 64, "edit_rate": 0.005}},
+        {**_DRAWN, "steps": 60, "batch_size": 100, "edit_weight": 6, "validation": 0.2},
+    ),
+    "ke": (
+        95,
+        {
+            "layers": [0, 1],
+            "ke": {
+                **{"condition_size": 64, "hidden_size": 64, "lstm_size": 64},
+                **{"max_scale": 38.4, "begins": "descent", "margin": 0.5},
+                "multiplier_learning_rate": 0.01,
+            },
+        },
+        {**_DRAWN, "steps": 20, "accumulate": 16, "warm_up": 10, "locality_weight": 0.1},
+    ),
+    "serac": (
+        80,
+        {"serac": {"embedding_size": 64, "all_negatives": True, "hard_negatives": 4}},
+        {
+            **{"steps": 240, "batch_size": 32, "accumulate": 1, "learning_rate": 1e-3},
+            **{"edit_weight": 1.0, "max_gradient_norm": 1.0},
+        },
+    ),
+}
+"""Exact answers to reach, one edit at a time, in per cent, and with which settings."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_trained_editor_writes_twenty_facts_that_it_has_not_seen(
+    large_world: Path, tmp_path: Path, method: str
+) -> None:
+    """As a survey counts; memit, which edits no T5, is there as impossible."""
+    reliability, own, train = TRAINED[method]
+    content: dict[str, Any] = {
+        "model": {"path": str(large_world / "model")},
+        "requests": {"path": str(large_world / "requests.json"), "offset": 20},
+        "method": {"name": method, "contexts": ["{}"], **own},
+        "train": {"validate_every": 20, **train},
+        "cluster": {"engine": "in_process"},
+        "output": {"path": str(tmp_path / "train")},
+    }
+    run = run_training(parse_spec(content, "the test"))
+    editor = {"name": method, method: {"editor": str(run.path / "editor")}}
+    del content["train"]
+    content |= {
+        "requests": {"path": str(large_world / "requests.json"), "limit": 20},
+        "method": {"contexts": ["{}"]},
+        "covariance": {"corpus": str(large_world / "texts.txt")},
+        "survey": {
+            "editors": [editor, {"name": "memit", "layers": [1]}],
+            "single": {"facts": 20},
+            "batch": {"sizes": [20]},
+            "sequence": {"sizes": [20]},
+        },
+        "output": {"path": str(tmp_path / "survey")},
+    }
+    rows = run_survey(parse_spec(content, "the test")).table.to_pylist()
+    for row in rows:
+        print(row["editor"], row["setting"], row["status"], row["measure"], row["value"])
+    single = {
+        r["measure"]: r["value"] for r in rows if (r["editor"], r["setting"]) == (method, "single")
+    }
+    assert single["reliability"] >= reliability
+    assert {r["status"] for r in rows if r["editor"] == "memit"} == {"impossible"}

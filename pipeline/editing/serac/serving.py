@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from pipeline.editing.batching import make_batch
 from pipeline.models.editable import EditableModel
 from pipeline.models.routing import RoutedLogits, Router, Routes, mixed
+
+_CACHES = ("cache", "past_key_values")
+"""What transformers from 5.24 on, and before, call a cache that a call goes on from."""
 
 
 class SeracModel(nn.Module):
@@ -26,17 +29,19 @@ class SeracModel(nn.Module):
     causal LM to answer; without labels it is the whole row.
 
     Args:
-        base: the LM, which is not changed.
+        model: the LM, which is not changed.
         router: the edit memory with its models.
         tokenizer: the LM's.
     """
 
     def __init__(
-        self, base: PreTrainedModel, router: Router, tokenizer: PreTrainedTokenizerBase
+        self, model: EditableModel, router: Router, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         super().__init__()
-        self.base: Any = base  # `generate` comes from a mixin that PreTrainedModel does not name
+        # `generate` comes from a mixin that PreTrainedModel does not name.
+        self.base: Any = model.model
         self.router, self.tokenizer = router, tokenizer
+        self._new_cache = model.new_cache
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -98,8 +103,18 @@ class SeracModel(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             logits_processor=LogitsProcessorList([share, *(logits_processor or ())]),
+            **self._cache_for(options),
             **options,
         )
+
+    def _cache_for(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a generation is given as a cache, unless it is to have none or one of its own."""
+        config = options.get("generation_config") or self.base.generation_config
+        chosen = {name: getattr(config, name) for name in ("use_cache", "cache_implementation")}
+        chosen |= options
+        has_own = any(chosen.get(name) is not None for name in ("cache_implementation", *_CACHES))
+        # One that is given is filled even where it is not to be used, and then read twice.
+        return {} if has_own or chosen["use_cache"] is False else self._new_cache()
 
     def _begun(self, input_ids: Tensor) -> int:
         """Tokens of a generated row before the first new one."""
@@ -192,11 +207,11 @@ def serac_model(
 ) -> SeracModel:
     """The wrapper that fits a model; arguments as of `SeracModel`."""
     kind = SeracAnswerModel if model.has_encoder else SeracModel
-    return kind(model.model, router, tokenizer)
+    return kind(model, router, tokenizer)
 
 
 def _require_whole_rows(options: Mapping[str, Any]) -> None:
-    if options.get("past_key_values") is not None:
+    if any(options.get(name) is not None for name in _CACHES):
         raise ValueError("SeracModel reads whole rows; call generate() to go on from a prompt")
 
 

@@ -1,5 +1,6 @@
 """SERAC for a T5: classifier, counterfactual model, scores and the served model, asked plainly."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from pipeline.editing.serac.editor import SeracEditor
 from pipeline.editing.serac.router import Mode
@@ -27,8 +29,7 @@ from tests.encoder_decoders import KINDS, build, save, tokenizer
 from tests.oracles import serac as oracle
 
 NEW = 5
-# transformers' own cache has as many layers as the encoder, which is shallower here.
-GREEDY = {"max_new_tokens": NEW, "do_sample": False, "use_cache": False}
+GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 ANSWERS = ["the", "Port Velmora", "French", "the violin of Rome, in the north"]
 PROBES = [
     Probe("case", "rewrite", i, query, ANSWERS[i % 4], ANSWERS[(i + 1) % 4])
@@ -165,7 +166,7 @@ def _given(side: str = "right") -> dict[str, Any]:
 def test_the_served_model_answers_as_the_plain_ones(mode: Mode) -> None:
     (case, editor), plain = setting("t5_gated"), Plain("t5_gated", mode)
     base, words = case.editable.model, tokenizer()
-    model = SeracAnswerModel(base, router(editor, mode=mode), words)
+    model = SeracAnswerModel(case.editable, router(editor, mode=mode), words)
     answers = words(["Port Velmora"] * 5, return_tensors="pt")["input_ids"]
     output = model(**_given(), labels=answers)
     with torch.no_grad():
@@ -179,27 +180,37 @@ def test_the_served_model_answers_as_the_plain_ones(mode: Mode) -> None:
         torch.testing.assert_close(
             output.logits[number, -1].softmax(-1), chances, rtol=1e-5, atol=1e-9
         )
-    for side in ("left", "right"):
-        ids = model.generate(**_given(side), **GREEDY)
+    # The cache that transformers makes has as many layers as the encoder, which is shallower here.
+    assert len(base.encoder.block) < len(base.decoder.block)
+    kinds = ({}, {"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)})
+    for side, kind in itertools.product(("left", "right"), kinds):
+        ids = model.generate(**_given(side), **{**GREEDY, **kind})
         for row, query in zip(ids[:, 1:].tolist(), QUERIES, strict=True):
             expected = plain.answer(query)
             assert row[: len(expected)] == expected
-    beams = model.generate(**_given(), **{**GREEDY, "num_beams": 3, "num_return_sequences": 2})
+    many = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    beams = model.generate(**_given(), **many)
     assert len(beams) == 2 * len(QUERIES)
+    assert torch.equal(beams, model.generate(**_given(), **many, use_cache=False))
     with pytest.raises(ValueError, match="whole rows"):
         model(**_given(), labels=answers, past_key_values=object())
 
 
 def test_with_an_empty_memory_it_is_the_base_model_to_the_bit() -> None:
     case, editor = setting("t5")
-    model = SeracAnswerModel(case.editable.model, router(editor, []), tokenizer())
+    model = SeracAnswerModel(case.editable, router(editor, []), tokenizer())
     labels = tokenizer()(ANSWERS[1:2] * 5, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = case.editable.model(**_given(), labels=labels)
     found = model(**_given(), labels=labels)
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
-    ids = case.editable.model.generate(**_given(), **GREEDY)
+    cache = case.editable.new_cache()
+    ids = case.editable.model.generate(**_given(), **GREEDY, **cache)
     assert torch.equal(model.generate(**_given(), **GREEDY), ids)
+    # A cache of one's own is taken, and filled.
+    own = case.editable.new_cache()
+    assert torch.equal(model.generate(**_given(), **GREEDY, **own), ids)
+    assert all(cache.get_seq_length() == NEW for cache in own.values())
 
 
 def test_a_t5_can_be_named_for_both_models(tmp_path: Path) -> None:

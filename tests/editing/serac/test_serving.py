@@ -19,7 +19,7 @@ def served(
     family: str, entries: list[MemoryEntry] = ENTRIES, mode: Mode = "hard"
 ) -> tuple[Case, SeracModel]:
     case, editor = setting(family)
-    return case, SeracModel(case.model, router(editor, entries, mode), case.tokenizer)
+    return case, SeracModel(case.editable, router(editor, entries, mode), case.tokenizer)
 
 
 def batch(case: Case, side: str, texts: list[str] = QUERIES) -> dict[str, Tensor]:
@@ -156,8 +156,9 @@ def test_it_looks_like_the_model_that_it_wraps() -> None:
     with pytest.raises(AttributeError):
         _ = model.no_such_thing
     ids = torch.tensor([[5, 6, 7]])
-    with pytest.raises(ValueError, match="whole rows"):
-        model(input_ids=ids, past_key_values=object())
+    for name in ("past_key_values", "cache"):
+        with pytest.raises(ValueError, match="whole rows"):
+            model(input_ids=ids, **{name: object()})
 
 
 def test_removing_an_edit_brings_the_base_model_back() -> None:
