@@ -85,12 +85,14 @@ def _questions(request: EditRequest) -> list[Left]:
 
 
 class Targets:
-    """The new answers that requests of a relation have."""
+    """The new answers that requests of a relation have, and with `old` the ones before the edit."""
 
-    def __init__(self, requests: Sequence[EditRequest]) -> None:
+    def __init__(self, requests: Sequence[EditRequest], *, old: bool) -> None:
         by_relation: defaultdict[str | None, dict[str, None]] = defaultdict(dict)
         for request in requests:
-            by_relation[request.relation_id][request.target_new] = None
+            targets = (request.target_new, request.target_true if old else None)
+            for target in filter(None, targets):
+                by_relation[request.relation_id][target] = None
         self._by_relation = {name: list(found) for name, found in by_relation.items()}
 
     def redirected(self, request: EditRequest, generator: random.Random) -> EditRequest:

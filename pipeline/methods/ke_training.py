@@ -26,7 +26,7 @@ class KnowledgeEditorTraining(HyperTrainable):
         "edit_weight": 1.0,
         "locality_weight": 1.0,
         "own_prompt_share": 0.0,
-        "draw_targets": False,
+        "draw_targets": "none",
     }
 
     def __init__(self, spec: JobSpec) -> None:

@@ -38,7 +38,7 @@ class MalmenTraining(HyperTrainable):
         "locality_weight": 1.0,
         "max_gradient_norm": 1.0,
         "own_prompt_share": 0.0,
-        "draw_targets": False,
+        "draw_targets": "none",
     }
 
     def pieces(

@@ -21,7 +21,7 @@ class MendTraining(HyperTrainable):
         "locality_weight": 1.0,
         "max_gradient_norm": 100.0,
         "own_prompt_share": 0.0,
-        "draw_targets": False,
+        "draw_targets": "none",
     }
 
     def optimiser(self, network: HyperNetwork) -> torch.optim.Optimizer:

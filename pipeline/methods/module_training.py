@@ -27,7 +27,11 @@ class ModuleLearner(Learner):
 
     @abstractmethod
     def losses(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """Measures summed over some items, scalars; `loss` is what is made small."""
+        """Measures summed over some items' examples, scalars; `loss` is what is made small."""
+
+    def count(self, items: Sequence[Any]) -> int:
+        """Examples in some items."""
+        return len(items)
 
     def contribute(
         self, items: Sequence[Any], number: int, shared: Any, *, learns: bool
@@ -38,7 +42,7 @@ class ModuleLearner(Learner):
             measures = self.losses(items)
             gradients = gradients_of(measures["loss"], self.module) if learns else {}
         found = {name: float(measure.detach()) for name, measure in measures.items()}
-        return Contribution(len(items), found, gradients)
+        return Contribution(self.count(items), found, gradients)
 
 
 def gradients_of(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:

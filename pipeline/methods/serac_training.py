@@ -38,7 +38,7 @@ class SeracTraining(Trainable):
         "locality_weight": 1.0,
         "max_gradient_norm": 100.0,
         "own_prompt_share": 0.5,
-        "draw_targets": True,
+        "draw_targets": "all",
     }
 
     def pieces(
@@ -100,7 +100,12 @@ class SeracLearner(ModuleLearner):
         self.editor, self.settings = editor, settings
 
     def losses(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """The means of a batch, which is one item."""
+        """A batch's means, times its examples; a batch is one item."""
         (examples,) = items
         found = losses(self.editor, examples, self.settings, MAX_TOKENS)
-        return {"loss": found.total, "edit_loss": found.edit, "locality_loss": found.scope}
+        means = {"loss": found.total, "edit_loss": found.edit, "locality_loss": found.scope}
+        return {name: len(examples) * mean for name, mean in means.items()}
+
+    def count(self, items: Sequence[Any]) -> int:
+        (examples,) = items
+        return len(examples)

@@ -164,8 +164,8 @@ class Trainable(ABC):
         generator: random.Random,
     ) -> list[EditExample]:
         """Make an example of each request, as `train` says; arguments as of `pieces`."""
-        if self.train.draw_targets:
-            targets = Targets(others)
+        if self.train.draw_targets != "none":
+            targets = Targets(others, old=self.train.draw_targets == "all")
             requests = [targets.redirected(request, generator) for request in requests]
         share = self.train.own_prompt_share
         assert share is not None, "decided by resolve_training"

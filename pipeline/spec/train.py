@@ -1,6 +1,6 @@
 """Settings of the training of an editor."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -31,10 +31,10 @@ class TrainSpec(Part):
     own_prompt_share: Annotated[Finite, Field(ge=0, le=1)] | None = None
     """Share of the examples that are asked by the request's own prompt; the others are asked by one
     of its paraphrases. Null is a half for `serac`, none for the others."""
-    draw_targets: bool | None = None
-    """Give an edit the new answer of another one of its relation, drawn anew each time, so that few
-    facts make many edits, and what is trained learns to read answers, not to remember them. Null
-    does it for `serac` alone."""
+    draw_targets: Literal["none", "new", "all"] | None = None
+    """Give an edit another answer of its relation, drawn anew each time, so that few facts make
+    many edits, and what is trained learns to read answers, not to remember them: of the new answers
+    of all edits, or of their old ones, too. Null is all for `serac`, none for the others."""
     max_gradient_norm: Annotated[Finite, Field(gt=0)] | None = None
     """A step's gradient is scaled down to this norm."""
     validation: Annotated[Finite, Field(ge=0, le=0.5)] = 0.1

@@ -260,7 +260,7 @@ def test_twenty_facts_of_the_invented_world_are_learnt(
     assert after["probes"]["rewrite"]["generated_exact"]["score"] >= right
 
 
-_DRAWN = {"learning_rate": 1e-4, "own_prompt_share": 0.5, "draw_targets": True}
+_DRAWN = {"learning_rate": 1e-4, "own_prompt_share": 0.5, "draw_targets": "new"}
 TRAINED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "mend": (
         95,

@@ -327,19 +327,24 @@ def test_drawn_targets_are_of_the_relation_and_never_the_answer_before() -> None
     made = [_request(n, **own).model_copy(update={"target_new": t}) for n, t in enumerate("abc")]
     made.append(_request(3, **{**own, "target_true": "a"}))
     made.append(_request(4, neighborhood_prompts=("B is in",), target_true="Oslo"))
-    malmen = _trainable("malmen", batch_size=5, draw_targets=True)
+    new, both = (_trainable("malmen", batch_size=5, draw_targets=which) for which in ("new", "all"))
     spec = parse_spec({"method": {"name": "serac"}, "train": {"batch_size": 5}}, "the test")
     serac = build_trainable(resolve_training(spec))
-    drawn: list[set[str]] = [set() for _ in made]
+    drawn: dict[HyperTrainable, list[set[str]]] = {
+        one: [set() for _ in made] for one in (new, both)
+    }
     for seed in range(60):
-        (examples,) = malmen.pieces(made, made, [], random.Random(seed))
-        for seen, example, request in zip(drawn, examples, made, strict=True):
-            seen.add(example.edit.target_new)
-            assert example.edit.case_id == request.case_id
+        for one, sets in drawn.items():
+            (examples,) = one.pieces(made, made, [], random.Random(seed))
+            for seen, example, request in zip(sets, examples, made, strict=True):
+                seen.add(example.edit.target_new)
+                assert example.edit.case_id == request.case_id
         # SERAC draws them without being told to.
         ((batch,),) = serac.pieces(made, made, [], random.Random(seed))
         assert [example.target for example in batch] == [e.edit.target_new for e in examples]
-    assert drawn == [{"a", "b", "c", "Rome"}] * 3 + [{"b", "c", "Rome"}, {"Rome"}]
+    first = [{"a", "b", "c", "Rome"}] * 3
+    assert drawn[new] == [*first, {"b", "c", "Rome"}, {"Rome"}]
+    assert drawn[both] == [*first, {"b", "c", "Rome", "Oslo"}, {"Rome"}]
 
 
 def test_what_is_left_alone_is_an_answer_or_a_whole_text() -> None:

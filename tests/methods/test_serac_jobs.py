@@ -85,6 +85,8 @@ def test_training_is_gone_on_with_to_the_same_bits(tiny: TinyJobs, tmp_path: Pat
     (tmp_path / "run" / "manifest.jsonl").write_text("".join(lines[:2]))
     run_training(spec)
     again = load_file(tmp_path / "run" / "editor" / "editor.safetensors")
+    measured = [row["edits"] for row in read(tmp_path / "run").training().to_pylist()]
+    assert set(measured) == {8}
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
