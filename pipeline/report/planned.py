@@ -13,16 +13,16 @@ from pipeline.results.recorded import check_recorded
 
 def estimates(labelled: Labelled) -> Table | None:
     """Seconds by phase, memory and stored bytes; None where no run was planned with `--save`."""
-    rows = [
-        (label, what, unit, f"{guess:.4g}", f"{found:.4g}", f"{found / guess:.2f}")
-        for label, findings in labelled
-        if findings.estimate is not None
-        for what, unit, guess, found in _compared(
-            findings.summary["seconds"], findings.recorded, findings.estimate
-        )
-        if guess > 0 and found > 0
-    ]
-    return _table(rows)
+    return _table(
+        [
+            row
+            for label, findings in labelled
+            if findings.estimate is not None
+            for row in _rows(
+                label, findings.summary["seconds"], findings.recorded, findings.estimate
+            )
+        ]
+    )
 
 
 def estimate_of(run: Run) -> Table | None:
@@ -35,14 +35,17 @@ def estimate_of(run: Run) -> Table | None:
     if estimate is None:
         return None
     recorded = check_recorded(run.manifest, Recorded, below(run.place, MANIFEST))
-    compared = _compared(run.summary["seconds"], recorded, estimate)
-    return _table(
-        [
-            (recorded.name, what, unit, f"{guess:.4g}", f"{found:.4g}", f"{found / guess:.2f}")
-            for what, unit, guess, found in compared
-            if guess > 0 and found > 0
-        ]
-    )
+    return _table(_rows(recorded.name, run.summary["seconds"], recorded, estimate))
+
+
+def _rows(
+    label: str, seconds: Mapping[str, float], recorded: Recorded, estimate: Estimate
+) -> list[tuple[str, ...]]:
+    return [
+        (label, what, unit, f"{guess:.4g}", f"{found:.4g}", f"{found / guess:.2f}")
+        for what, unit, guess, found in _compared(seconds, recorded, estimate)
+        if guess > 0 and found > 0
+    ]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Table | None:
