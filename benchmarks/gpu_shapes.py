@@ -39,7 +39,7 @@ class Shape:
 
 
 # `gelu_pytorch_tanh` is the function that GPT-2 and GPT-J name `gelu_new`, in one kernel: what the
-# pipeline puts in its place (pipeline/models/loading.py, fuse_activations).
+# pipeline puts in its place (pipeline/models/kernels.py).
 SHAPES = {
     "gpt2-xl": Shape(
         lambda: GPT2Config(

@@ -15,7 +15,8 @@ from pipeline.cluster.calls.base import TOKENS_PER_BATCH
 from pipeline.cluster.plan import make_plan
 from pipeline.editing.batching import TokenBatch
 from pipeline.models.editable import EditableModel, resolve_device
-from pipeline.models.loading import fuse_activations, load_model, load_tokenizer
+from pipeline.models.kernels import choose_kernels
+from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.prompts import EditPrompts, generate_contexts, tokenize_edits
 from pipeline.requests import EditRequest
 from pipeline.spec import JobSpec, load_spec
@@ -84,7 +85,7 @@ class Workload:
     @cached_property
     def model(self) -> EditableModel:
         model = load_model(self.spec.model, self.device)
-        fuse_activations(model)
+        choose_kernels(model)
         return EditableModel(model)
 
     @cached_property

@@ -28,9 +28,9 @@ from pipeline.methods import build_method
 from pipeline.model_card import write_model_card
 from pipeline.models.editable import resolve_device
 from pipeline.models.encoder_decoder import editable_model
+from pipeline.models.kernels import choose_kernels
 from pipeline.models.loading import (
     fingerprint,
-    fuse_activations,
     load_model,
     load_tokenizer,
     save_model,
@@ -156,7 +156,7 @@ def _unedited(store: RunStore, layers: tuple[int, ...], source: ModelSpec) -> Ed
             f"{store.place}: it edited the model with fingerprint {expected[:12]}, the one at"
             f" {source.path} has {found[:12]}; restore the unedited model"
         )
-    fuse_activations(model)
+    choose_kernels(model)
     return EditedWeights(editable_model(model), layers)
 
 

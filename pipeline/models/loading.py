@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from pipeline import factworld
@@ -191,18 +190,6 @@ def save_model(
         # safetensors and tokenizers have errors of their own for a full disk; tokenizers' is a
         # plain Exception.
         raise OSError(f"{directory}: {error}") from error
-
-
-def fuse_activations(model: PreTrainedModel) -> None:
-    """Let torch's one-pass kernel compute the tanh form of GELU, which transformers spells out.
-
-    The function is the same (Hendrycks and Gimpel, arXiv 1606.08415, section 2); results differ by
-    rounding only.
-    """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def attention_implementation(config: Any) -> str | None:

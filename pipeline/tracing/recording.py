@@ -112,11 +112,20 @@ def record(
     return found
 
 
-def causal_masks(model: EditableModel, tokens: int, first: int = 0) -> Any:
-    """Masks for the queries `first` .. `tokens - 1` of one text, for any number of rows alike."""
-    positions = torch.arange(tokens, device=model.input_device)[None]
-    segments = torch.zeros(1, tokens, 2, dtype=torch.long, device=positions.device)
-    return model.masks(positions, segments, first)
+def causal_masks(model: EditableModel, tokens: int, first: int = 0, beside: int = 1) -> Any:
+    """Masks for the queries `first` .. `tokens - 1` of one text, for any number of rows alike.
+
+    Args:
+        beside: texts in a row; the tokens before `first` of all of them come first.
+    """
+    index = torch.arange(tokens, device=model.input_device)
+    seen, queries = index[:first].repeat(beside), index[first:].repeat(beside)
+    texts = torch.arange(beside, device=index.device)
+    segment = torch.cat(
+        [texts.repeat_interleave(first), texts.repeat_interleave(tokens - first)]
+    )  # fmt: skip
+    segments = torch.stack([segment, segment], dim=-1)
+    return model.masks(torch.cat([seen, queries])[None], segments[None], beside * first)
 
 
 def module_of(model: EditableModel, module: Module, block: int) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.models.editable import EditableModel
+from pipeline.models.kernels import fused_networks
 from pipeline.tracing.facts import Fact
 from pipeline.tracing.names import KINDS, Kind
 from pipeline.tracing.recording import Recorded, record
@@ -66,6 +67,13 @@ def trace(
         max_tokens: tokens in one batch, about; it decides a result's last bits.
     """
     assert "state" in settings.kinds or not any("severed" in kind for kind in settings.kinds)
+    with torch.no_grad(), fused_networks(model):
+        return _traced(model, facts, settings, max_tokens)
+
+
+def _traced(
+    model: EditableModel, facts: Sequence[Fact], settings: TraceSettings, max_tokens: int
+) -> list[FactTrace]:
     found: dict[int, FactTrace] = {}
     for batch in _batches(facts, settings.samples, max_tokens):
         chosen = [facts[i] for i in batch]

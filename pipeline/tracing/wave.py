@@ -20,6 +20,10 @@ from pipeline.tracing.runs import Run
 
 _MODULES: tuple[Module, ...] = ("mlp", "attention")
 _LOGIT_BYTES = 32 << 20
+# Rows that stand beside one another in one row of a call: attention's kernels cost by the row, and
+# a row of few tokens leaves them idle.
+_BESIDE = 2
+_MOST_TOKENS_BESIDE = 64
 
 
 class Wave:
@@ -35,8 +39,10 @@ class Wave:
         self.model, self.recorded, self.token = model, recorded, token
         self.suffix = recorded.tokens - token
         self.rows = len(recorded.corrupted) * recorded.samples
-        self._masks = causal_masks(model, recorded.tokens, token)
-        self._own_masks = causal_masks(model, token + 1, token)
+        fits = self.rows % _BESIDE == 0 and recorded.tokens <= _MOST_TOKENS_BESIDE
+        self._beside = _BESIDE if fits else 1
+        self._masks = causal_masks(model, recorded.tokens, token, self._beside)
+        self._own_masks = causal_masks(model, token + 1, token, self._beside)
 
     @torch.no_grad()
     def probabilities(self, units: Sequence[Sequence[Run]]) -> dict[Run, Tensor]:
@@ -118,7 +124,7 @@ class Wave:
         """Run one block."""
         with self._held(block, runs):
             output = self.model.run(
-                hidden.flatten(0, 1),
+                self._packed(hidden),
                 first=block,
                 stop=block + 1,
                 masks=masks,
@@ -134,7 +140,7 @@ class Wave:
         read = torch.arange(1, count + 1, device=hidden.device) * self.suffix - 1
         with self._held(last, runs):
             final = self.model.final(
-                hidden.flatten(0, 1),
+                self._packed(hidden),
                 first=last,
                 masks=self._masks,
                 position_ids=self._positions(hidden),
@@ -171,22 +177,32 @@ class Wave:
                 stack.callback(handle.remove)
             yield
 
+    def _packed(self, hidden: Tensor) -> Tensor:
+        """The rows of all runs, so many beside one another: (runs * F * N / b, b * tokens, d)."""
+        return hidden.reshape(-1, self._beside * hidden.shape[2], hidden.shape[3])
+
     def _positions(self, hidden: Tensor) -> Tensor:
         start, count = self.token, hidden.shape[2]
-        positions = torch.arange(start, start + count, device=hidden.device)
-        return positions.expand(hidden.shape[0] * hidden.shape[1], -1)
+        positions = torch.arange(start, start + count, device=hidden.device).repeat(self._beside)
+        return positions.expand(hidden.shape[0] * hidden.shape[1] // self._beside, -1)
 
     def _prefix(self, block: int, count: int) -> PrefixCache | None:
         if self.token == 0:
             return None
         keys, values = (
-            part[:, :, : self.token].repeat(count, 1, 1, 1) for part in self.recorded.keys[block]
+            _side_by_side(part[:, :, : self.token], self._beside).repeat(count, 1, 1, 1)
+            for part in self.recorded.keys[block]
         )
         return PrefixCache({block: (keys, values)})
 
     def _nothing(self) -> Tensor:
         corrupted = self.recorded.states[0][1]
         return corrupted.new_empty(0, self.rows, self.suffix, corrupted.shape[-1])
+
+
+def _side_by_side(rows: Tensor, beside: int) -> Tensor:
+    """Attention keys or values (rows, heads, tokens, h) as (rows / b, heads, b * tokens, h)."""
+    return rows.unflatten(0, (-1, beside)).transpose(1, 2).flatten(2, 3)
 
 
 def _first_token_hook(count: int, which: list[int], values: Tensor) -> Any:

@@ -22,7 +22,7 @@ from pipeline.editing.update import EditedWeights
 from pipeline.errors import InputError
 from pipeline.methods import build_closed_form
 from pipeline.models.editable import EditableModel
-from pipeline.models.loading import fuse_activations
+from pipeline.models.kernels import choose_kernels
 from pipeline.prompts import tokenize_edits
 from pipeline.report.status import run_status
 from pipeline.results import Run, RunStore, read
@@ -71,7 +71,7 @@ def _loop(studies: Studies, run: Run) -> dict[tuple[int, int], torch.Tensor]:
     spec = make_plan(studies.spec(run.path)).spec
     directory = studies.tiny.model()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    fuse_activations(model)
+    choose_kernels(model)
     editable, tokenizer = EditableModel(model), AutoTokenizer.from_pretrained(directory)
     weights, method = (
         EditedWeights(editable, tuple(LAYERS)),

@@ -11,7 +11,8 @@ from pipeline.editing.batching import TokenBatch, make_batch
 from pipeline.errors import InputError, ModelNotSupportedError
 from pipeline.models.editable import EditableModel
 from pipeline.models.encoder_decoder import EncoderDecoderModel, editable_model
-from pipeline.models.loading import fuse_activations, load_model, load_tokenizer
+from pipeline.models.kernels import choose_kernels
+from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.placement import place
 from pipeline.spec import ModelSpec
 from tests import encoder_decoders, families
@@ -138,7 +139,7 @@ def test_loads_as_it_was_saved(kind: str, tmp_path: Path) -> None:
         assert isinstance(model, EncoderDecoderModel)
         for found, wanted in zip(_plain(model), expected, strict=True):
             assert torch.equal(found, wanted)
-        fuse_activations(loaded)
+        choose_kernels(loaded)
         batch = _batch(model)
         with torch.no_grad():
             final = model.final(

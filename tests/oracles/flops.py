@@ -26,6 +26,8 @@ class CountedProducts(TorchDispatchMode):
         if kind in (_ATEN.mm, _ATEN.addmm):
             left, right = args[-2:]
             self._add(left, 2 * left.shape[0] * left.shape[1] * right.shape[1])
+        elif func.name() == "mkldnn::_linear_pointwise":
+            self._add(args[0], 2 * args[0].numel() * args[1].shape[0])
         elif kind is _ATEN.linalg_cholesky_ex:
             self._add(args[0], args[0].shape[0] ** 3 / 3)
         elif kind is _ATEN.cholesky_inverse:

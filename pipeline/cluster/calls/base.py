@@ -15,7 +15,8 @@ from pipeline.errors import WeightVersionMismatchError
 from pipeline.methods import build_method
 from pipeline.models.editable import resolve_devices
 from pipeline.models.encoder_decoder import editable_model
-from pipeline.models.loading import fingerprint, fuse_activations, load_model, load_tokenizer
+from pipeline.models.kernels import choose_kernels
+from pipeline.models.loading import fingerprint, load_model, load_tokenizer
 from pipeline.prompts import EditPrompts, generate_contexts, token_ids, tokenize_edits
 from pipeline.requests import EditRequest
 from pipeline.spec import JobSpec, ModelSpec
@@ -67,7 +68,7 @@ class Replica:
         self.tokenizer = load_tokenizer(spec)
         model = load_model(spec, *devices)
         self.fingerprint = fingerprint(model)
-        fuse_activations(model)
+        choose_kernels(model)
         self.model = editable_model(model)
 
 
