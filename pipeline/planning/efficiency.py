@@ -18,7 +18,9 @@ Measured with counterfact-12m in float32, 2 workers of 1 thread that reached 90 
 products: values 42, keys 24 to 27, scoring 32 to 38 and covariance 50 GFLOP/s (the phases' seconds
 of runs of 1,000 and 10,000 edits; `python -m benchmarks.values` and its like measure them one by
 one). Passes with gradients reached 0.42 to 0.46 of the rate in trainings of MEND, MALMEN and SERAC
-with counterfact-12m and the embedded model, processor time of 1 thread. Merging is in float64; its
+with counterfact-12m and the embedded model, processor time of 1 thread. Where the kernels use
+AVX-512 and reach 248 GFLOP/s, values reached 0.32 of that, covariance 0.41, keys 0.30 and scoring
+0.48 (docs/plan.md has the run). Merging is in float64; its
 share is of that rate, which on processors is half. Generation decodes token by token and is a
 guess, and so are attributions and the networks of MEND, MALMEN and KE.
 """

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.models.kernels import wide_product
+
 _SECONDS = 0.5
 _TRIES = 20
 _SIZE = {"cpu": 512, "cuda": 8192}
@@ -40,14 +42,17 @@ def matmul_rate(
 
 
 def rate_as_busy(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of square matrix products over a while, with what else the machine does meanwhile."""
+    """FLOP/s of a model's square products over a while, with what else the machine does meanwhile.
+
+    By the kernels that a model's linear maps use (`pipeline.models.kernels`).
+    """
     size = _SIZE[device.type]
     left = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
-    left @ left  # the first one loads the library
+    wide_product(left, left, None)  # the first one loads the library
     _await(device)
     start, products = time.perf_counter(), 0
     while products == 0 or time.perf_counter() - start < seconds:
-        left @ left
+        wide_product(left, left, None)
         _await(device)
         products += 1
     return 2.0 * size**3 * products / (time.perf_counter() - start)
