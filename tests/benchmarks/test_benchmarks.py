@@ -100,6 +100,16 @@ def test_tracing(model: list[str]) -> None:
     assert row["ratio"] > 0 and row["states_ratio"] > 0
 
 
+def test_tracing_by_the_jobs_workers(model: list[str]) -> None:
+    """The job's row beside the others, made from the same facts."""
+    few = ["--edits", "2", "--plain-facts", "1", "--samples", "2", "--kinds", "state"]
+    row = tracing.main([*model, *few, "--workers", "1"])
+    assert row["workers"] == 1
+    assert 0 < row["job_milliseconds_a_fact"] < 60e3
+    plain = row["ratio"] * row["milliseconds_a_fact"]
+    assert row["job_ratio"] * row["job_milliseconds_a_fact"] == pytest.approx(plain)
+
+
 def test_reading(model: list[str]) -> None:
     row = reading.main([*model, "--edits", "5", "--plain-edits", "2"])
     assert row["edits"] == row["accepted"] == 5
