@@ -49,7 +49,7 @@ from pipeline.spec import JobSpec
 # Tokens in one pass with gradients, edits that a worker is given at once, and bytes of the weights
 # that these have each for itself.
 MAX_TOKENS, EDITS_OF_A_PIECE, BYTES_APART = 2048, 16, 2**29
-_OWN = frozenset({"editor", "editor_sha256"})
+_OWN = frozenset({"editor", "editor_sha256", "repeats"})
 
 T = TypeVar("T")
 Build = Callable[[], HyperNetwork]

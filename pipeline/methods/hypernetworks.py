@@ -6,7 +6,9 @@ methods, the down-projections of `layers`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from pipeline.editing.conditions import ConditionedGradients
@@ -49,7 +51,11 @@ class TrainedMethod(GradientMethod, ABC):
         sizes = {layer: (weight.shape[0], weight.shape[1]) for layer, weight in weights.items()}
         network = self.network(sizes, width)
         network.load_state_dict(tensors)
-        return _Editing(network.eval())
+        return self.making(network.eval())
+
+    def making(self, network: HyperNetwork) -> Making:
+        """A round of the trained network."""
+        return _Editing(network)
 
 
 class Mend(TrainedMethod):
@@ -79,7 +85,11 @@ class Malmen(TrainedMethod):
 
 
 class KnowledgeEditor(TrainedMethod):
-    """One edit at a time, whose gradient is gated by what the edit says."""
+    """One edit at a time, whose gradient is gated by what the edit says; again until it takes."""
+
+    def __init__(self, spec: MethodSpec) -> None:
+        super().__init__(spec)
+        self.epochs = spec.ke.repeats
 
     def network(self, sizes: Sizes, width: int, seed: int = 0) -> KnowledgeEditorNetwork:
         own = self.spec.ke
@@ -99,6 +109,12 @@ class KnowledgeEditor(TrainedMethod):
     ) -> TargetGradients:
         return ConditionedGradients(model, edits, self.layers, self.read, max_tokens, keeps)
 
+    def making(self, network: HyperNetwork) -> Making:
+        return _Repeating(network, self.epochs)
+
+    def is_done(self, epoch: Sequence[Step]) -> bool:
+        return any(step.changes is None for step in epoch)
+
 
 class _Editing(Making):
     def __init__(self, network: HyperNetwork) -> None:
@@ -116,6 +132,30 @@ class _Editing(Making):
 
     def finish(self) -> tuple[dict[int, Update], State]:
         return self._updates, {}
+
+
+class _Repeating(_Editing):
+    """An edit's updates, added up until the model gives the answer, or was changed often enough."""
+
+    def __init__(self, network: HyperNetwork, repeats: int) -> None:
+        super().__init__(network)
+        self._left = repeats
+
+    def step(self) -> Step:
+        joined, before = Factors.joined(self._parts), self._updates
+        if before and all(torch.equal(edit.old, edit.new) for edit in joined.conditions):
+            return Step(len(joined.losses), float(joined.losses.mean()), None)
+        step = super().step()
+        self._parts, self._left = [], self._left - 1
+        if before:
+            self._updates = {
+                layer: Update.of(before[layer].matrix() + update.matrix())
+                for layer, update in self._updates.items()
+            }
+        if not self._left:
+            return step
+        changes = {layer: update.matrix() for layer, update in self._updates.items()}
+        return replace(step, changes=changes)
 
 
 TRAINED: dict[str, type[TrainedMethod]] = {

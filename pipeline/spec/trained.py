@@ -66,6 +66,9 @@ class KnowledgeEditorSpec(TrainedSpec):
     """It goes no lower."""
     multiplier_learning_rate: Annotated[Finite, Field(gt=0)] = 0.1
     """Step of the bound's multiplier, which begins at 1."""
+    repeats: Positive = 1
+    """Times that an edit is applied at most, each one to the model as the last one left it: again
+    while the model's likeliest tokens are not the new answer's."""
 
 
 class SeracSpec(TrainedSpec):
