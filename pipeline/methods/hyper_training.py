@@ -49,7 +49,8 @@ from pipeline.spec import JobSpec
 # Tokens in one pass with gradients, edits that a worker is given at once, and bytes of the weights
 # that these have each for itself.
 MAX_TOKENS, EDITS_OF_A_PIECE, BYTES_APART = 2048, 16, 2**29
-_OWN = frozenset({"editor", "editor_sha256", "repeats"})
+# What the saved editor does not depend on.
+_AFTER_TRAINING = frozenset({"editor", "editor_sha256", "repeats"})
 
 T = TypeVar("T")
 Build = Callable[[], HyperNetwork]
@@ -110,7 +111,7 @@ class HyperTrainable(Trainable):
     def settings(self) -> dict[str, Any]:
         own = self.spec.method.trained
         assert own is not None
-        return own.model_dump(mode="json", exclude=set(_OWN))
+        return own.model_dump(mode="json", exclude=set(_AFTER_TRAINING))
 
 
 class EditLosses:

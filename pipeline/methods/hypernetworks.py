@@ -6,7 +6,6 @@ methods, the down-projections of `layers`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -126,9 +125,14 @@ class _Editing(Making):
         self._parts.append(factors)
 
     def step(self) -> Step:
-        joined = Factors.joined(self._parts)
-        self._updates = self._network.edit(joined)
-        return Step(len(joined.losses), float(joined.losses.mean()), None)
+        joined, self._parts = Factors.joined(self._parts), []
+        changes = self._edit(joined)
+        return Step(len(joined.losses), float(joined.losses.mean()), changes)
+
+    def _edit(self, factors: Factors) -> dict[int, Tensor] | None:
+        """Make the updates; what the next step goes on from, None where there is none."""
+        self._updates = self._network.edit(factors)
+        return None
 
     def finish(self) -> tuple[dict[int, Update], State]:
         return self._updates, {}
@@ -141,21 +145,20 @@ class _Repeating(_Editing):
         super().__init__(network)
         self._left = repeats
 
-    def step(self) -> Step:
-        joined, before = Factors.joined(self._parts), self._updates
-        if before and all(torch.equal(edit.old, edit.new) for edit in joined.conditions):
-            return Step(len(joined.losses), float(joined.losses.mean()), None)
-        step = super().step()
-        self._parts, self._left = [], self._left - 1
+    def _edit(self, factors: Factors) -> dict[int, Tensor] | None:
+        before = self._updates
+        if before and all(torch.equal(edit.old, edit.new) for edit in factors.conditions):
+            return None
+        super()._edit(factors)
+        self._left -= 1
         if before:
             self._updates = {
                 layer: Update.of(before[layer].matrix() + update.matrix())
                 for layer, update in self._updates.items()
             }
         if not self._left:
-            return step
-        changes = {layer: update.matrix() for layer, update in self._updates.items()}
-        return replace(step, changes=changes)
+            return None
+        return {layer: update.matrix() for layer, update in self._updates.items()}
 
 
 TRAINED: dict[str, type[TrainedMethod]] = {

@@ -7,6 +7,7 @@ and 255 GFLOP/s (counterfact-12m's shapes, torch 2.13). Differences are rounding
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def choose_kernels(model: PreTrainedModel) -> None:
                 module.__class__ = WideConv1D
 
 
+@cache
 def has_wide_products() -> bool:
     """Tell whether torch has oneDNN's products here, and the processor AVX-512."""
     return (
@@ -118,7 +120,7 @@ def fused_networks(model: EditableModel) -> Iterator[None]:
         for layer in range(model.num_blocks):
             mlp = model.mlp(layer)
             activation = None if mlp is None or model.family.is_gated else _gelu(mlp)
-            if mlp is not None and activation is not None and has_wide_products():
+            if mlp is not None and activation is not None:
                 up, down = model.up_projection(layer), model.down_projection(layer)
                 fused = _fused(mlp.forward, up, activation, down)
                 stack.enter_context(forward_replaced(mlp, fused))
@@ -130,8 +132,9 @@ def _fused(whole: Any, up: nn.Module, activation: nn.GELU, down: nn.Module) -> A
         weight: Tensor = up.weight  # type: ignore[assignment]
         weight = weight.T if is_transposed(up) else weight
         bias: Any = up.bias
-        is_plain = not (up._forward_hooks or up._forward_pre_hooks or activation._forward_hooks)
-        if torch.is_grad_enabled() or not is_plain or not _is_wide(hidden, weight):
+        inside = (up, activation)
+        is_hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inside)
+        if torch.is_grad_enabled() or is_hooked or not _is_wide(hidden, weight):
             output: Tensor = whole(hidden)
             return output
         output = down(_multiplied(hidden, weight, bias, "gelu", activation.approximate))
@@ -151,7 +154,8 @@ def _gelu(mlp: nn.Module) -> nn.GELU | None:
 
 def _is_wide(rows: Tensor, weight: Tensor) -> bool:
     return (
-        rows.device.type == weight.device.type == "cpu"
+        has_wide_products()
+        and rows.device.type == weight.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
         and rows.numel() * weight.shape[0] >= _LEAST_PRODUCTS
     )

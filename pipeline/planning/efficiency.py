@@ -20,9 +20,9 @@ of runs of 1,000 and 10,000 edits; `python -m benchmarks.values` and its like me
 one). Passes with gradients reached 0.42 to 0.46 of the rate in trainings of MEND, MALMEN and SERAC
 with counterfact-12m and the embedded model, processor time of 1 thread. Where the kernels use
 AVX-512 and reach 248 GFLOP/s, values reached 0.32 of that, covariance 0.41, keys 0.30 and scoring
-0.48 (docs/plan.md has the run). Merging is in float64; its
-share is of that rate, which on processors is half. Generation decodes token by token and is a
-guess, and so are attributions and the networks of MEND, MALMEN and KE.
+0.48 (docs/plan.md has the run). Merging is in float64; its share is of that rate, which on
+processors is half. Generation decodes token by token and is a guess, and so are attributions and
+the networks of MEND, MALMEN and KE.
 """
 CALL_SECONDS = {"ray": 0.03, "in_process": 0.005}
 """A call to a worker beyond its arithmetic: tokenising, sending, storing: 0.01 to 0.1 with Ray;

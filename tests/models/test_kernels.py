@@ -1,6 +1,9 @@
 """The chosen kernels compute the same functions, by the kernels that they are chosen for."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,21 @@ def test_large_products_are_onednns_and_small_ones_torchs_own() -> None:
     assert WIDE not in _kernels_in(lambda: wide_product(torch.randn(63, 64), weight, None))
     double = torch.randn(64, 64, dtype=torch.float64)
     assert WIDE not in _kernels_in(lambda: wide_product(double, weight.double(), None))
+
+
+def test_without_avx512_all_products_are_torchs_own() -> None:
+    """Also those of a caller that asks for no model, as a plan's measurement of the rate."""
+    code = (
+        "import torch; from pipeline.models.kernels import wide_product as product\n"
+        "left, right = torch.ones(64, 64), torch.ones(256, 64)\n"
+        "with torch.profiler.profile() as profile: product(left, right, None)\n"
+        "print(*(event.key for event in profile.key_averages()))"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "aten::linear" in said and "mkldnn" not in said
 
 
 @needs_wide
